@@ -1,0 +1,322 @@
+"""Results for people: aligned tables, and one self-contained HTML page that shows what learning changed.
+
+The page loads nothing: pictures are embedded, charts are inline SVG. Its looks live in ``templates/demo.html``; what
+it shows is prepared here as plain values.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dsd.contracts import Example, ImageInput, OptionError, Ranked
+from dsd.evaluate import Metric, write_text
+from dsd.images import load_image
+from dsd.metrics import wins
+
+TITLE = "Asking a picture-drawing model which caption fits"
+SUMMARY = (
+    "A diffusion model that draws pictures from captions is turned round: shown a picture under noise, it scores how "
+    "well each caption explains it. Small low-rank prompts in its attention layers are then learned from a few "
+    "labelled examples while the model itself stays frozen. This page shows what the scores say, and what the "
+    "learning changes on scenes it has never seen."
+)
+
+_HEAT = ("#000004", "#1d1147", "#51127c", "#822681", "#b63679", "#e65164", "#fb8861", "#fec287", "#fcfdbf")
+"""Anchors of a colour map of even steps in lightness, from dark to light."""
+
+_LARGEST = 512
+_PIXELATED = 128
+"""Pictures up to so many pixels a side are shown with visible pixels; above _LARGEST they are shrunk."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """One picture and its captions, best first; ``right`` are the indices of those that match."""
+
+    image: ImageInput
+    ranked: Sequence[Ranked]
+    right: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The accuracy on one task before and after learning, by score; a score may be missing from either."""
+
+    task: str
+    before: Mapping[str, Metric]
+    after: Mapping[str, Metric]
+    chance: float = 0.5
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """One example that learning did not see, with scores (n_images, n_texts) before and after."""
+
+    example: Example
+    before: np.ndarray
+    after: np.ndarray
+
+
+@dataclass(frozen=True)
+class WordMaps:
+    """Where each word of a caption is found in a picture: (h, w) float each, higher is more."""
+
+    image: ImageInput
+    caption: str
+    maps: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is told of the learning: facts to list, and curves of (step, value) by name."""
+
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+
+
+def format_interval(metric: Metric) -> str:
+    """A metric and its 95 % interval, such as ``0.861 [0.82, 0.90]``."""
+    return f"{metric['value']:.3f} [{metric['low']:.2f}, {metric['high']:.2f}]"
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """An aligned table, Markdown as well as plain text; columns of numbers are aligned right.
+
+    Floats get three decimals, metrics their interval, None and missing values an empty cell.
+    """
+    values = [[row.get(column) for column in columns] for row in rows]
+    cells = [[_cell(v) for v in row] for row in values]
+    widths = [max(3, *(len(row[i]) for row in [[_cell(c) for c in columns], *cells])) for i in range(len(columns))]
+    numeric = (int, float, np.number, Mapping, type(None))
+    right = [all(isinstance(row[i], numeric) for row in values) for i in range(len(columns))]
+    rule = ["-" * (w - 1) + ":" if r else "-" * w for w, r in zip(widths, right, strict=True)]
+    lines = [[_cell(c) for c in columns], rule, *cells]
+    return "\n".join(
+        "| " + " | ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(line, widths, right, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def overlay(image: ImageInput, heat: np.ndarray, alpha: float = 0.75) -> Image.Image:
+    """A picture under a heat map, at the picture's size.
+
+    The map is enlarged smoothly and scaled to its own range, dark for its lowest value and light for its highest; a
+    flat map is dark throughout, and so is NaN. The picture shows through in grey, so that all colour is heat.
+
+    Args:
+        image: Any picture.
+        heat: (h, w) float, higher is more.
+        alpha: Opacity of the highest heat, 0..1; the lowest has a third of it.
+
+    Raises:
+        OptionError: ``heat`` is no map, or ``alpha`` lies outside 0..1.
+    """
+    values = np.asarray(heat, np.float32)
+    if values.ndim != 2 or not values.size:
+        raise OptionError(f"got a heat map of shape {values.shape}, expected (h, w); pass one map")
+    if not 0 <= alpha <= 1:
+        raise OptionError(f"got alpha {alpha}, expected 0..1")
+    picture = load_image(image)
+    known = np.isfinite(values)
+    low, high = (values[known].min(), values[known].max()) if known.any() else (0.0, 0.0)
+    share = np.where(known, values - low, 0) / (high - low) if high > low else np.zeros_like(values)
+    smooth = Image.fromarray(share.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)
+    anchors = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in _HEAT], float)
+    steps = np.linspace(0, 1, len(anchors))
+    level = np.asarray(smooth).clip(0, 1)
+    colour = np.stack([np.interp(level, steps, channel) for channel in anchors.T], -1)
+    grey = np.asarray(picture.convert("L"), float)[..., None]
+    # thinner where there is little, or dark scenes drown
+    opacity = alpha * (0.35 + 0.65 * level)[..., None]
+    return Image.fromarray((opacity * colour + (1 - opacity) * grey).round().astype(np.uint8))
+
+
+def demo_report(
+    path: str | PathLike[str],
+    *,
+    ranking: Ranking,
+    comparisons: Sequence[Comparison],
+    held_out: Sequence[HeldOut] = (),
+    word_maps: WordMaps | None = None,
+    training: Training | None = None,
+    settings: Mapping[str, Any],
+    title: str = TITLE,
+    summary: str = SUMMARY,
+) -> None:
+    """Writes one HTML page that needs no other file and no network.
+
+    Args:
+        path: Where to.
+        ranking: A picture and its captions, best first.
+        comparisons: Accuracy before and after learning, one chart a task.
+        held_out: Examples to show with their scores before and after.
+        word_maps: Word-by-region maps of one picture and caption.
+        training: How the adapter was learned.
+        settings: Everything needed to repeat the page; nested values are shown as they print.
+        title: Heading.
+        summary: One paragraph that explains the page.
+
+    Raises:
+        ImageError: A picture cannot be read.
+        OptionError: The page cannot be written, or a map is none.
+    """
+    # tables and overlays do without the template engine
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    page = Environment(
+        loader=PackageLoader("dsd"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html = page.get_template("demo.html").render(
+        title=title,
+        summary=summary,
+        ranking=_ranking(ranking),
+        charts=[_chart(c) for c in comparisons],
+        held_out=[_card(h) for h in held_out],
+        words=None if word_maps is None else _words(word_maps),
+        training=training,
+        curves=[] if training is None else [_curve(name, points) for name, points in training.curves.items() if points],
+        settings=settings,
+        heat=", ".join(_HEAT),
+    )
+    write_text(path, html)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, Mapping):
+        return format_interval(value)
+    if isinstance(value, float | np.floating):
+        return f"{value:.3f}"
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def _picture(image: Image.Image) -> dict[str, Any]:
+    """An ``src`` that holds the picture itself, and whether to show its pixels."""
+    if max(image.size) > _LARGEST:
+        image = image.copy()
+        image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    src = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return {"src": src, "pixelated": max(image.size) <= _PIXELATED}
+
+
+def _numbers(values: Sequence[float] | np.ndarray) -> list[str]:
+    """Scores as text, all with as many decimals as their spread asks for."""
+    finite = [float(v) for v in values if math.isfinite(v)]
+    spread = max(finite, default=0.0) - min(finite, default=0.0)
+    decimals = min(6, max(2, 1 - math.floor(math.log10(spread)))) if spread > 0 else 3
+    return [f"{float(v):.{decimals}f}" for v in values]
+
+
+def _ranking(ranking: Ranking) -> dict[str, Any]:
+    scores = [r.score for r in ranking.ranked]
+    finite = [s for s in scores if math.isfinite(s)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    # scores have no natural zero: the best fills the row, the lowest keeps a stub
+    widths = [3 + 97 * ((s - low) / (high - low) if high > low else 1.0) if math.isfinite(s) else 0.0 for s in scores]
+    rows = [
+        {"text": r.candidate, "score": text, "width": round(width, 1), "right": r.index in ranking.right}
+        for r, text, width in zip(ranking.ranked, _numbers(scores), widths, strict=True)
+    ]
+    return {"picture": _picture(load_image(ranking.image)), "rows": rows, "told": bool(ranking.right)}
+
+
+def _chart(comparison: Comparison) -> dict[str, Any]:
+    """One chart's rows: for each score its bars before and after learning."""
+    rows: list[dict[str, Any]] = []
+    for score in dict.fromkeys([*comparison.before, *comparison.after]):
+        bars = [
+            {**m, "when": when, "interval": format_interval(m)}
+            for when, m in (("before", comparison.before.get(score)), ("after", comparison.after.get(score)))
+            if m is not None
+        ]
+        rows.append({"score": score, "bars": bars})
+    return {"task": comparison.task, "chance": comparison.chance, "rows": rows}
+
+
+def _card(held: HeldOut) -> dict[str, Any]:
+    """One example as questions: a picture with its captions, or a caption with its pictures."""
+    example = held.example
+    before, after = np.asarray(held.before, float), np.asarray(held.after, float)
+    pictures = [_picture(load_image(image)) for image in example.images]
+    right = np.zeros(before.shape, bool)
+    for pair in example.positives:
+        right[pair] = True
+    if len(example.texts) > 1:
+        questions = [
+            _question({"picture": p}, [{"text": t} for t in example.texts], right[i], before[i], after[i])
+            for i, p in enumerate(pictures)
+        ]
+    else:
+        candidates = [{"picture": p} for p in pictures]
+        questions = [_question({"text": example.texts[0]}, candidates, right[:, 0], before[:, 0], after[:, 0])]
+    verdicts = {
+        when: float(won.mean()) if (won := wins(scores, example.positives)).size else None
+        for when, scores in (("before", before), ("after", after))
+    }
+    return {"id": example.id, "tags": example.tags, "questions": questions, "verdicts": verdicts}
+
+
+def _question(
+    stem: dict[str, Any], candidates: list[dict[str, Any]], right: np.ndarray, before: np.ndarray, after: np.ndarray
+) -> dict[str, Any]:
+    numbers = _numbers([*before, *after])
+    rows = [
+        candidate
+        | {"right": bool(right[i]), "before": numbers[i], "after": numbers[len(candidates) + i]}
+        | {"chosen_before": _is_best(before, i), "chosen_after": _is_best(after, i)}
+        for i, candidate in enumerate(candidates)
+    ]
+    return {"stem": stem, "rows": rows}
+
+
+def _is_best(scores: np.ndarray, i: int) -> bool:
+    return not np.isnan(scores[i]) and bool(scores[i] == np.nanmax(scores))
+
+
+def _words(word_maps: WordMaps) -> dict[str, Any]:
+    image = load_image(word_maps.image)
+    picture = _picture(image)
+    # smooth heat over crisp pixels takes a larger picture
+    factor = max(1, 256 // max(image.size))
+    large = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    maps = [{"word": word, "picture": _picture(overlay(large, heat))} for word, heat in word_maps.maps.items()]
+    return {"picture": picture, "caption": word_maps.caption, "maps": maps}
+
+
+def _curve(name: str, points: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """A line over steps: points and ticks in percent of a box, y downwards."""
+    steps, values = np.array([p for p in points if math.isfinite(p[1])] or [(0.0, 0.0)], float).T
+    ticks = _ticks(float(values.min()), float(values.max()))
+    low, high = ticks[0], ticks[-1]
+    first, span = steps.min(), max(float(np.ptp(steps)), 1e-9)
+    xs, ys = 100 * (steps - first) / span, 100 * (high - values) / (high - low)
+    return {
+        "name": name,
+        "points": [(round(float(x), 2), round(float(y), 2)) for x, y in zip(xs, ys, strict=True)],
+        "ticks": [{"y": round(100 * (high - t) / (high - low), 2), "label": f"{t:.4g}"} for t in ticks],
+        "first": f"{steps.min():g}",
+        "last": f"{steps.max():g}",
+        "end": f"{values[-1]:.4g}",
+    }
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to six round numbers that enclose a range."""
+    if high - low < 1e-12:
+        low, high = low - 0.5, high + 0.5
+    size = 10.0 ** math.floor(math.log10(high - low))
+    step = next(s * size for s in (0.2, 0.25, 0.5, 1.0, 2.0) if (high - low) / (s * size) <= 4)
+    start, end = math.floor(low / step), math.ceil(high / step)
+    return [round(k * step, 12) for k in range(start, end + 1)]

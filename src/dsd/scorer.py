@@ -1,0 +1,296 @@
+"""Scores many pairs: each image and caption encoded once, the same noise for all, in batches that fit the memory."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from dsd.backbone import Backbone, Latents, TextStates
+from dsd.contracts import DsdError, ImageInput, ModelError, OptionError, Pair, TextError, batched
+from dsd.images import content_hash, load_image, resize_crop
+from dsd.scores import Pass, Score, ScoreConfig, noised_pass
+
+V = TypeVar("V")
+
+
+class Cache(Generic[V]):
+    """The last ``size`` values by key."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+
+    def get(self, key: Hashable) -> V | None:
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        return None
+
+    def put(self, key: Hashable, value: V) -> None:
+        self._values[key] = value
+        while len(self._values) > self._size:
+            self._values.popitem(last=False)
+
+
+def common_noise(shape: tuple[int, int, int], count: int, seed: int) -> Float[Tensor, "t c h w"]:
+    """``count`` draws of standard normal noise, decided by the seed alone, whatever the device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((count, *shape), generator=generator)
+
+
+class Scorer:
+    """A backbone with a score, caches and a batch size.
+
+    Args:
+        backbone: The model.
+        config: The score.
+        size: Pixels a side; pictures are resized (shorter side) and centre-cropped to it. Default: the model's own.
+        batch_size: Rows a pass; halved whenever memory runs out. Default: by the latent's size.
+        noise: (timesteps, c, h, w) in the order of ``config.timesteps``, instead of noise from ``config.seed``.
+
+    Raises:
+        OptionError: If size, batch size or noise do not fit.
+    """
+
+    ROWS = 2**14
+    """Latent positions a batch by default."""
+    CHUNK = 256
+    """Pairs whose encodings are held at once."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: ScoreConfig,
+        *,
+        size: int | None = None,
+        batch_size: int | None = None,
+        noise: np.ndarray | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.size = backbone.image_size if size is None else size
+        if not 8 <= self.size <= 8192:
+            raise OptionError(f"got size {self.size}, expected 8 to 8192 pixels a side")
+        if batch_size is not None and batch_size < 1:
+            raise OptionError(f"got batch size {batch_size}, expected 1 or more")
+        shape = backbone.latent_shape(self.size)
+        self.batch_size = batch_size or min(256, max(1, self.ROWS // (shape[1] * shape[2])))
+        self._latents: Cache[Latents] = Cache(4096)
+        self._texts: Cache[TextStates] = Cache(4096)
+        self._given = noise
+        self.use(config)
+
+    def use(self, config: ScoreConfig) -> None:
+        """Changes the score; encoded images and captions are kept."""
+        self.score = Score(self.backbone, config)
+        shape = (len(config.timesteps), *self.backbone.latent_shape(self.size))
+        if self._given is None:
+            self.noise = common_noise(shape[1:], shape[0], config.seed).to(self.backbone.device)
+            return
+        given = np.asarray(self._given)
+        if given.shape != shape or not np.issubdtype(given.dtype, np.floating) or not np.isfinite(given).all():
+            raise OptionError(
+                f"got noise of shape {given.shape} and type {given.dtype}, expected finite floats of shape {shape} "
+                "(timesteps, channels, height, width)"
+            )
+        self.noise = torch.from_numpy(given.astype(np.float32)).to(self.backbone.device)
+
+    # Encoding, once
+
+    def latents(self, images: Sequence[ImageInput]) -> Latents:
+        """Images => latents (n, c, h, w), each distinct picture encoded once."""
+        keys: list[str] = []
+        fresh: dict[str, Any] = {}
+        for image in images:
+            picture = resize_crop(load_image(image), self.size)
+            key = content_hash(picture)
+            keys.append(key)
+            if self._latents.get(key) is None:
+                fresh[key] = picture
+        found = {key: self._latents.get(key) for key in keys}
+        done = 0
+        names = list(fresh)
+
+        def encode(rows: int) -> None:
+            nonlocal done
+            part = names[done : done + rows]
+            for key, latent in zip(part, self.backbone.encode_images([fresh[k] for k in part]), strict=True):
+                self._latents.put(key, latent)
+                found[key] = latent
+            done += len(part)
+
+        while done < len(names):
+            self._fit_memory(encode)
+        return torch.stack([latent for key in keys if (latent := found[key]) is not None])
+
+    def texts(self, texts: Sequence[str]) -> list[TextStates]:
+        """Captions => token states, one value each."""
+        found = []
+        for text in texts:
+            states = self._texts.get(text)
+            if states is None:
+                (states,) = self.backbone.encode_texts([text])
+                self._texts.put(text, states)
+            found.append(states)
+        return found
+
+    # Scoring
+
+    def predict(self, pairs: Sequence[Pair], *, progress: bool = False) -> np.ndarray:
+        """Scores of (image, caption) pairs, each independent of the others: (n,) float32, higher is better."""
+        return self.predict_parts(pairs, progress=progress)[0]
+
+    def predict_parts(
+        self, pairs: Sequence[Pair], *, progress: bool = False
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As :meth:`predict`, with the unweighted terms of the score beside it, (n,) float32 a name.
+
+        Raises:
+            ImageError, TextError: If an image or caption cannot be scored.
+            ModelError: If the model gives numbers that are not finite.
+        """
+        for _, text in pairs:
+            check_text(text)
+        steps = len(self.score.config.timesteps)
+        parts: dict[str, list[np.ndarray]] = {kind: [] for kind in self.score.terms}
+        with tqdm(total=len(pairs) * steps, desc="scoring", unit="pass", disable=not progress) as bar:
+            for chunk in batched(pairs, self.CHUNK):
+                made = self._chunk(chunk, bar)
+                for kind, values in made.items():
+                    parts[kind].append(values)
+        table = {k: np.concatenate(v) if v else np.zeros(0, np.float32) for k, v in parts.items()}
+        total = np.zeros(len(pairs), np.float32)
+        for kind, values in table.items():
+            total += np.float32(self.score.terms[kind]) * values
+        if not np.isfinite(total).all():
+            first = pairs[int(np.flatnonzero(~np.isfinite(total))[0])]
+            raise ModelError(
+                f"got a score that is not finite for the caption {first[1]!r}; "
+                f"{self.backbone.name} overflows in {self.backbone.dtype}, try dtype float32"
+            )
+        return total, table
+
+    @torch.no_grad()
+    def _chunk(self, pairs: Sequence[Pair], bar: Any) -> dict[str, np.ndarray]:
+        # the same object or path is read once, whatever it holds
+        places: dict[Hashable, int] = {}
+        images: list[ImageInput] = []
+        for image, _ in pairs:
+            if _identity(image) not in places:
+                places[_identity(image)] = len(images)
+                images.append(image)
+        image_of = [places[_identity(image)] for image, _ in pairs]
+        latents = self.latents(images)
+        texts = self.texts([text for _, text in pairs])
+        timesteps = torch.tensor(self.score.config.timesteps, device=self.backbone.device)
+        count = len(timesteps)
+        empty = self._empty_passes(latents, timesteps)
+        sums = {kind: torch.zeros(len(pairs), dtype=torch.float64) for kind in self.score.terms}
+
+        # a pass takes captions of one length only, so that nothing is padded for another's sake
+        lengths: dict[int, list[tuple[int, int]]] = {}
+        for i, states in enumerate(texts):
+            lengths.setdefault(states.states.shape[1], []).extend((i, s) for s in range(count))
+        for items in lengths.values():
+            done = 0
+
+            def run(rows: int, items: list[tuple[int, int]] = items) -> None:
+                nonlocal done
+                part = items[done : done + rows]
+                index = [i for i, _ in part]
+                step = torch.tensor([s for _, s in part], device=latents.device)
+                z = latents[[image_of[i] for i in index]]
+                text = TextStates.join([texts[i] for i in index])
+                made = noised_pass(
+                    self.backbone, z, self.noise[step], timesteps[step], text, self.score.layers
+                )
+                other = None if empty is None else _rows(empty, [image_of[i] * count + s for i, s in part])
+                for kind, values in self.score.parts(made, other).items():
+                    sums[kind].index_add_(0, torch.tensor(index), values.double().cpu())
+                done += len(part)
+                bar.update(len(part))
+
+            while done < len(items):
+                self._fit_memory(run)
+        return {kind: (total / count).float().numpy() for kind, total in sums.items()}
+
+    def _empty_passes(self, latents: Latents, timesteps: Tensor) -> Pass | None:
+        """Passes under the empty caption, once for each image and timestep: row ``image * timesteps + timestep``."""
+        if not self.score.needs_empty:
+            return None
+        (blank,) = self.backbone.encode_texts([""])
+        total = len(latents) * len(timesteps)
+        made: list[Pass] = []
+        done = 0
+
+        def run(rows: int) -> None:
+            nonlocal done
+            index = torch.arange(done, min(done + rows, total), device=latents.device)
+            image, step = index // len(timesteps), index % len(timesteps)
+            text = blank.select([0] * len(index))
+            made.append(
+                noised_pass(
+                    self.backbone, latents[image], self.noise[step], timesteps[step], text, self.score.empty_layers
+                )
+            )
+            done += len(index)
+
+        while done < total:
+            self._fit_memory(run)
+        return _joined(made)
+
+    def _fit_memory(self, run: Callable[[int], None]) -> None:
+        """Runs one batch, with half the rows for as long as memory runs out."""
+        while True:
+            try:
+                return run(self.batch_size)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if isinstance(error, DsdError) or not _out_of_memory(error):
+                    raise
+                if self.batch_size == 1:
+                    raise ModelError(
+                        f"{self.backbone.device} has too little memory for one row of {self.backbone.name} at "
+                        f"{self.size} pixels; try a smaller size or dtype float16"
+                    ) from error
+            self.batch_size //= 2
+            with suppress(Exception):  # nothing to free on some devices
+                torch.cuda.empty_cache()
+
+
+def check_text(text: str) -> None:
+    """Refuses what is no caption."""
+    if not isinstance(text, str) or not text.strip():
+        raise TextError(f"got the caption {text!r}, expected text with at least one word")
+
+
+def _identity(image: ImageInput) -> Hashable:
+    return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else id(image)
+
+
+def _rows(made: Pass, index: Sequence[int]) -> Pass:
+    rows = torch.tensor(index, device=made.noise.device)
+    records = {n: type(r)(r.own[rows], r.all[rows], None) for n, r in made.records.items()}
+    return Pass(made.noise[rows], made.predicted[rows], records)
+
+
+def _joined(made: Sequence[Pass]) -> Pass:
+    names = made[0].records
+    records = {
+        n: type(r)(torch.cat([m.records[n].own for m in made]), torch.cat([m.records[n].all for m in made]), None)
+        for n, r in names.items()
+    }
+    return Pass(torch.cat([m.noise for m in made]), torch.cat([m.predicted for m in made]), records)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        s in text for s in ("out of memory", "can't allocate memory", "not enough memory")
+    )

@@ -1,0 +1,209 @@
+"""Turns what one noised pass did into one number a pair: higher is a better match.
+
+Every score is differentiable, is computed for each row of a batch by itself, and is reduced in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dsd.backbone import Backbone, Latents, TextStates
+from dsd.contracts import OptionError
+from dsd.probe import LayerRecord, Probe, paper_layers, select_layers
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One denoiser pass over n rows.
+
+    Attributes:
+        noise: (n, c, h, w) what was added to the latents.
+        predicted: (n, c, h, w) what the denoiser took for it.
+        records: What the probed cross-attention layers did; empty where no score asked.
+    """
+
+    noise: Latents
+    predicted: Latents
+    records: Mapping[str, LayerRecord]
+
+
+def noised_pass(
+    backbone: Backbone,
+    latents: Latents,
+    noise: Latents,
+    timesteps: Int[Tensor, " n"],
+    text: TextStates,
+    layers: Sequence[str] = (),
+) -> Pass:
+    """Noises the latents, lets the denoiser predict the noise given the captions, and probes ``layers``."""
+    noised = backbone.add_noise(latents, noise, timesteps)
+    if not layers:
+        return Pass(noise, backbone.predict_noise(noised, timesteps, text), {})
+    with Probe(backbone.denoiser, layers, text.own) as probe:
+        predicted = backbone.predict_noise(noised, timesteps, text)
+    return Pass(noise, predicted, dict(probe.records))
+
+
+def _mean_over_layers(records: Mapping[str, LayerRecord], what: Callable[[LayerRecord], Tensor]) -> Float[Tensor, " n"]:
+    return torch.stack([what(record).mean(1) for record in records.values()]).mean(0)
+
+
+def attention(caption: Pass, empty: Pass | None = None) -> Float[Tensor, " n"]:
+    """Mean over layers, heads and positions of the log-sum-exp over the caption's own tokens.
+
+    He et al. 2023, section 3.1, without its pooling of start, end and padding tokens, which lets caption length
+    leak into the score.
+    """
+    return _mean_over_layers(caption.records, lambda r: r.own)
+
+
+def attention_mass(caption: Pass, empty: Pass | None = None) -> Float[Tensor, " n"]:
+    """Log share of the attention that falls on the caption's own tokens, averaged as in :func:`attention`; <= 0."""
+    return _mean_over_layers(caption.records, lambda r: r.own - r.all)
+
+
+def _error(made: Pass) -> Float[Tensor, " n"]:
+    return (made.noise - made.predicted).float().flatten(1).norm(dim=1)
+
+
+def denoising(caption: Pass, empty: Pass | None) -> Float[Tensor, " n"]:
+    """How much the caption helps to predict the noise: ``|e - eps(z, t, "")| - |e - eps(z, t, c)|``, L2 norms.
+
+    Li et al. 2023 (Diffusion Classifier) and Krojer et al. 2023 (DiffusionITM).
+    """
+    assert empty is not None
+    return _error(empty) - _error(caption)
+
+
+def paper_attention(caption: Pass, empty: Pass | None) -> Float[Tensor, " n"]:
+    """The attention score as the code of He et al. 2023 computes it: both halves of [empty, caption], all tokens."""
+    assert empty is not None
+    return (_mean_over_layers(empty.records, lambda r: r.all) + _mean_over_layers(caption.records, lambda r: r.all)) / 2
+
+
+def paper(caption: Pass, empty: Pass | None) -> Float[Tensor, " n"]:
+    """The whole score of He et al. 2023 as their code computes it: :func:`paper_attention` + :func:`denoising`."""
+    return paper_attention(caption, empty) + denoising(caption, empty)
+
+
+@dataclass(frozen=True)
+class ScoreKind:
+    """A score and what it must be given."""
+
+    function: Callable[[Pass, Pass | None], Tensor]
+    attention: bool
+    """Whether cross-attention is probed."""
+    empty: bool
+    """Whether it compares with a pass under the empty caption."""
+    layers: Callable[[torch.nn.Module], tuple[str, ...]] = select_layers
+    """The layers it looks at by default."""
+
+
+SCORES: dict[str, ScoreKind] = {
+    "attention": ScoreKind(attention, attention=True, empty=False),
+    "attention-mass": ScoreKind(attention_mass, attention=True, empty=False),
+    "denoising": ScoreKind(denoising, attention=False, empty=True),
+    "paper": ScoreKind(paper, attention=True, empty=True, layers=paper_layers),
+    "paper-attention": ScoreKind(paper_attention, attention=True, empty=True, layers=paper_layers),
+}
+"""All scores by name. ``mixture`` is a weighted sum of some of them."""
+
+MIXTURE = "mixture"
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What to compute for a pair.
+
+    Attributes:
+        kind: A name of :data:`SCORES`, or ``mixture``.
+        timesteps: Integers on the model's training grid; the score is the mean over them.
+        layers: Patterns of cross-attention layers (see :func:`dsd.probe.select_layers`); None: the kind's own.
+        weights: For ``mixture``: the weight of each score in the sum.
+        seed: Decides the noise, which is the same for all candidates.
+    """
+
+    kind: str = "denoising"
+    timesteps: tuple[int, ...] = (450, 550, 650, 750, 850)
+    layers: tuple[str, ...] | None = None
+    weights: Mapping[str, float] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in (*SCORES, MIXTURE):
+            raise OptionError(f"got score {self.kind!r}, expected one of {', '.join((*SCORES, MIXTURE))}")
+        if (self.kind == MIXTURE) != bool(self.weights):
+            raise OptionError(f"got score {self.kind!r} with weights {self.weights}, expected weights for mixture alone")
+        if any(name not in SCORES for name in self.weights or ()):
+            raise OptionError(f"got weights for {list(self.weights or ())}, expected some of {', '.join(SCORES)}")
+        if not self.timesteps:
+            raise OptionError("got no timesteps, expected at least one")
+        if self.seed < 0:
+            raise OptionError(f"got seed {self.seed}, expected 0 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ScoreConfig:
+        known = dict(values)
+        for name in ("timesteps", "layers"):
+            if known.get(name) is not None:
+                known[name] = tuple(known[name])
+        return cls(**known)
+
+
+def even_timesteps(steps: int, low: int = 0, high: int = 1000) -> tuple[int, ...]:
+    """``steps`` timesteps at the middles of equal parts of [low, high)."""
+    if not 1 <= steps <= high - low:
+        raise OptionError(f"got {steps} steps, expected 1 to {high - low}")
+    return tuple(int(low + (i + 0.5) * (high - low) / steps) for i in range(steps))
+
+
+class Score:
+    """A resolved score over one backbone: what to probe, and the number that comes of it.
+
+    Raises:
+        OptionError: If a layer or timestep does not fit the backbone.
+        ModelError: If the score needs cross-attention and the backbone has none.
+    """
+
+    def __init__(self, backbone: Backbone, config: ScoreConfig) -> None:
+        outside = [t for t in config.timesteps if not 0 <= t < backbone.num_train_timesteps]
+        if outside:
+            raise OptionError(f"got timesteps {outside}, expected integers from 0 to {backbone.num_train_timesteps - 1}")
+        self.config = config
+        self.terms = dict(config.weights or {config.kind: 1.0})
+        self.needs_empty = any(SCORES[kind].empty for kind in self.terms)
+        self._layers: dict[str, tuple[str, ...]] = {}
+        for kind in self.terms:
+            if SCORES[kind].attention:
+                chosen = config.layers
+                self._layers[kind] = (
+                    SCORES[kind].layers(backbone.denoiser) if chosen is None else select_layers(backbone.denoiser, chosen)
+                )
+        self.layers = tuple(dict.fromkeys(name for names in self._layers.values() for name in names))
+        """All layers to probe in a pass."""
+        self.empty_layers = self.layers if any(SCORES[k].empty for k in self._layers) else ()
+        """Layers to probe under the empty caption."""
+
+    def parts(self, caption: Pass, empty: Pass | None) -> dict[str, Float[Tensor, " n"]]:
+        """Each term by itself, unweighted: (n,) a name."""
+        return {kind: SCORES[kind].function(self._view(kind, caption), self._view(kind, empty)) for kind in self.terms}
+
+    def __call__(self, caption: Pass, empty: Pass | None) -> Float[Tensor, " n"]:
+        """Passes over n rows under their captions, and under the empty one if needed => (n,) float32 scores."""
+        parts = self.parts(caption, empty)
+        return torch.stack([self.terms[kind] * value for kind, value in parts.items()]).sum(0)
+
+    def _view(self, kind: str, made: Pass | None) -> Any:
+        """The pass with only the layers that a term looks at."""
+        if made is None or kind not in self._layers or not made.records:
+            return made
+        return Pass(made.noise, made.predicted, {name: made.records[name] for name in self._layers[kind]})
