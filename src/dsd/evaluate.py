@@ -28,7 +28,7 @@ from dsd.metrics import evaluate_scores
 Metric = Mapping[str, float]
 """``value`` and its 95 % interval ``low``, ``high``, over ``n`` examples."""
 
-_PACKAGES = ("dsd", "numpy", "pillow", "torch", "diffusers", "transformers")
+_PACKAGES = ("discriminative-diffusion", "numpy", "pillow", "torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,8 @@ def load_image(image: ImageInput, *, max_pixels: int = 100_000_000) -> Image.Ima
 def resize_crop(image: Image.Image, size: int) -> Image.Image:
     """The centre square of an RGB image at ``size`` x ``size`` pixels (bicubic, antialiased).
 
-    The same as scaling the shorter side to ``size`` and cropping, but long thin images cost no more than others.
+    The same, up to rounding, as scaling the shorter side to ``size`` and cropping, but long thin images cost no more
+    than others.
     An image which is ``size`` x ``size`` already is returned as it is.
 
     Raises:

@@ -211,7 +211,7 @@ class Scorer:
                 made = noised_pass(
                     self.backbone, z, self.noise[step], timesteps[step], text, self.score.layers
                 )
-                other = None if empty is None else _rows(empty, [image_of[i] * count + s for i, s in part])
+                other = None if empty is None else empty.rows([image_of[i] * count + s for i, s in part])
                 for kind, values in self.score.parts(made, other).items():
                     sums[kind].index_add_(0, torch.tensor(index), values.double().cpu())
                 done += len(part)
@@ -244,7 +244,7 @@ class Scorer:
 
         while done < total:
             self._fit_memory(run)
-        return _joined(made)
+        return Pass.join(made)
 
     def _fit_memory(self, run: Callable[[int], None]) -> None:
         """Runs one batch, with half the rows for as long as memory runs out."""
@@ -272,21 +272,6 @@ def check_text(text: str) -> None:
 
 def _identity(image: ImageInput) -> Hashable:
     return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else id(image)
-
-
-def _rows(made: Pass, index: Sequence[int]) -> Pass:
-    rows = torch.tensor(index, device=made.noise.device)
-    records = {n: type(r)(r.own[rows], r.all[rows], None) for n, r in made.records.items()}
-    return Pass(made.noise[rows], made.predicted[rows], records)
-
-
-def _joined(made: Sequence[Pass]) -> Pass:
-    names = made[0].records
-    records = {
-        n: type(r)(torch.cat([m.records[n].own for m in made]), torch.cat([m.records[n].all for m in made]), None)
-        for n, r in names.items()
-    }
-    return Pass(torch.cat([m.noise for m in made]), torch.cat([m.predicted for m in made]), records)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -32,6 +32,23 @@ class Pass:
     predicted: Latents
     records: Mapping[str, LayerRecord]
 
+    def rows(self, index: Sequence[int]) -> Pass:
+        """The rows at ``index``, in that order, repeats allowed."""
+        rows = torch.as_tensor(index, device=self.noise.device)
+        records = {name: LayerRecord(r.own[rows], r.all[rows], None) for name, r in self.records.items()}
+        return Pass(self.noise[rows], self.predicted[rows], records)
+
+    @staticmethod
+    def join(parts: Sequence[Pass]) -> Pass:
+        """One pass over the rows of many."""
+        records = {
+            name: LayerRecord(
+                torch.cat([p.records[name].own for p in parts]), torch.cat([p.records[name].all for p in parts]), None
+            )
+            for name in parts[0].records
+        }
+        return Pass(torch.cat([p.noise for p in parts]), torch.cat([p.predicted for p in parts]), records)
+
 
 def noised_pass(
     backbone: Backbone,

@@ -25,6 +25,11 @@ def cards() -> dict[str, dict[str, Any]]:
     return found
 
 
+def default_timesteps(model: str) -> tuple[int, ...]:
+    """The timesteps that a model's scores look at unless told otherwise."""
+    return tuple(cards().get(model, {}).get("timesteps", (189, 389, 589, 789)))
+
+
 def load_backbone(
     model: str, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> Backbone:

@@ -54,14 +54,14 @@ class Recipe:
     seed: int = 0
     scenes: int = 60_000
     """How many pretraining scenes there are; captions are drawn anew each time a scene is seen."""
-    vae_samples: int = 48_000
+    vae_samples: int = 26_000
     vae_batch: int = 16
     vae_lr: float = 2e-3
     kl_weight: float = 1e-4
-    text_samples: int = 400_000
+    text_samples: int = 140_000
     text_batch: int = 128
     text_lr: float = 1e-3
-    unet_samples: int = 400_000
+    unet_samples: int = 360_000
     unet_batch: int = 64
     unet_lr: float = 8e-4
     easy_samples: int = 60_000

@@ -1,0 +1,501 @@
+"""Few-shot learning: from labelled examples to an adapter, and adapters on disk.
+
+:func:`fit` learns low-rank attention prompts (:mod:`dsd.prompts`) so that matching pairs outscore the others, with
+the same noise and timestep for all candidates of an example. It keeps the step that does best on validation examples,
+and keeps the zero-shot score unless learning is clearly better there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from dsd import prompts
+from dsd.backbone import Backbone, TextStates
+from dsd.contracts import AdapterError, Example, ModelError, OptionError
+from dsd.metrics import bootstrap_interval, wins
+from dsd.prompts import PromptConfig
+from dsd.scorer import Scorer
+from dsd.scores import Pass, ScoreConfig, noised_pass
+
+Objective = Literal["hinge", "softmax"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to learn.
+
+    Attributes:
+        objective: ``hinge`` on the hardest negative (He et al. 2023, equation 5) or ``softmax`` over candidates.
+        margin: Of the hinge, in units of the score's spread (see ``Spread`` below).
+        steps: Optimizer steps at most.
+        batch: Examples a step.
+        learning_rate: Peak; falls to zero along a cosine.
+        weight_decay: Of AdamW. Without it prompts overfit a hundred examples.
+        validation: Share of the examples held out when no validation examples are given.
+        check_every: Steps between looks at the validation examples.
+        patience: Looks without improvement before it stops.
+        jitter: Timesteps are drawn within this distance of the score's own.
+        seed: Decides initial prompts, order, noise and the held-out share.
+    """
+
+    objective: Objective = "softmax"
+    margin: float = 0.1
+    steps: int = 400
+    batch: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    validation: float = 0.25
+    check_every: int = 25
+    patience: int = 6
+    jitter: int = 50
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective not in get_args(Objective):
+            raise OptionError(f"got objective {self.objective!r}, expected one of {get_args(Objective)}")
+        for name in ("margin", "steps", "batch", "learning_rate", "check_every", "patience"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"got {name} {getattr(self, name)}, expected more than 0")
+        if not 0 < self.validation < 1:
+            raise OptionError(f"got validation share {self.validation}, expected more than 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What was learned, and everything needed to use it again.
+
+    Attributes:
+        base: The fingerprint of the base model (see :func:`fingerprint`); None for adapters in the authors' format.
+        score: The score that was taught.
+        prompts: Where the prompts go; None if the zero-shot score was kept.
+        state: The prompts' tensors by name, float32.
+        size: Pixels a side of the pictures it was taught on.
+        training: Configuration, curve and figures of the training, plain values.
+        scale: Turns score differences into log-odds: probabilities are ``softmax(scale * scores)``.
+    """
+
+    base: Mapping[str, Any] | None
+    score: ScoreConfig
+    prompts: PromptConfig | None
+    state: Mapping[str, Tensor]
+    size: int | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    scale: float | None = None
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder, which appears whole."""
+        out = Path(folder)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _CONFIG).exists())):
+            raise AdapterError(f"{out}: got a path that holds something else, expected a new folder or an older adapter's")
+        config = {
+            "format": _FORMAT,
+            "base": self.base,
+            "size": self.size,
+            "score": self.score.to_dict(),
+            "prompts": None if self.prompts is None else asdict(self.prompts),
+            "scale": self.scale,
+            "training": self.training,
+        }
+        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            save_file(dict(self.state), part / _WEIGHTS)
+            (part / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+            (part / "README.md").write_text(_card(self, out.name), "utf-8")
+            part.chmod(0o755)
+            if out.exists():
+                old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+                os.replace(out, old)
+                os.replace(part, out)
+                shutil.rmtree(old)
+            else:
+                os.replace(part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return out
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Adapter:
+        """Reads a folder written by :meth:`save`, or the authors' format (``pytorch_model.bin``).
+
+        Raises:
+            AdapterError: If the folder holds neither, or files that do not fit together.
+        """
+        path = Path(folder)
+        if not (path / _CONFIG).is_file():
+            if (path / _AUTHORS).is_file():
+                config, state = prompts.read_authors(path / _AUTHORS)
+                return cls(None, ScoreConfig("paper", (189, 389, 589, 789, 989)), config, state)
+            raise AdapterError(f"{path}: got no adapter, expected a folder with {_CONFIG} or {_AUTHORS}")
+        try:
+            values = json.loads((path / _CONFIG).read_text("utf-8"))
+            if values.get("format") != _FORMAT:
+                raise AdapterError(f"{path}: got format {values.get('format')!r}, expected {_FORMAT!r}")
+            where = values["prompts"]
+            if where is not None:
+                where = PromptConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in where.items()})
+            return cls(
+                values["base"],
+                ScoreConfig.from_dict(values["score"]),
+                where,
+                load_file(path / _WEIGHTS),
+                values["size"],
+                values["training"],
+                values["scale"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise AdapterError(
+                f"{path}: got an adapter that cannot be read ({type(error).__name__}: {error}), "
+                "expected the files as they were saved; copy the folder again"
+            ) from None
+
+    def attach(self, backbone: Backbone) -> None:
+        """Puts the prompts onto a bare model.
+
+        Raises:
+            AdapterError: If it was made for another base model.
+        """
+        if self.base is not None and not same_base(self.base, fingerprint(backbone)):
+            raise AdapterError(
+                f"got an adapter for {self.base['name']} ({self.base['parameters']:,} parameters), expected one for "
+                f"{backbone.name}; load it with --model {self.base['name']}"
+            )
+        if self.prompts is not None:
+            prompts.attach(backbone.denoiser, self.prompts)
+            try:
+                prompts.load_state(backbone.denoiser, self.state)
+            except AdapterError:
+                prompts.detach(backbone.denoiser)
+                raise
+
+
+_FORMAT = "dsd-adapter-1"
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_AUTHORS = "pytorch_model.bin"
+
+
+def fingerprint(backbone: Backbone) -> dict[str, Any]:
+    """What tells one base model from another, whatever precision it is loaded in: a size and some weights."""
+    weights = [(n, p) for n, p in backbone.denoiser.named_parameters() if p.ndim > 1 and ".lora_" not in n]
+    chosen = weights[:: max(1, len(weights) // 32)]
+    sample = [round(float(p.detach().flatten()[p.numel() // 2]), 5) for _, p in chosen]
+    return {"name": backbone.name, "parameters": sum(p.numel() for _, p in weights), "sample": sample}
+
+
+def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of one model, up to rounding to half precision."""
+    return a["parameters"] == b["parameters"] and np.allclose(a["sample"], b["sample"], rtol=1e-2, atol=1e-3)
+
+
+def _card(adapter: Adapter, name: str) -> str:
+    base = "unknown" if adapter.base is None else adapter.base["name"]
+    training = adapter.training
+    lines = [
+        f"# {name}",
+        "",
+        f"Low-rank attention prompts for `{base}`, learned by `dsd` (He et al. 2023, arXiv 2305.10722).",
+        "",
+        f"- Score: `{adapter.score.kind}` at timesteps {', '.join(map(str, adapter.score.timesteps))}",
+        f"- Prompts: {'none, the zero-shot score did as well' if adapter.prompts is None else f'rank {adapter.prompts.rank}'}",
+    ]
+    if "examples" in training:
+        lines.append(f"- Examples: {training['examples']} to learn from, {training['validation_examples']} to validate")
+    if "validation" in training:
+        before, after = training["validation"]["before"], training["validation"]["after"]
+        lines.append(f"- Validation accuracy: {before:.3f} zero-shot, {after:.3f} learned")
+    lines += ["", "```python", "import dsd", "", f'matcher = dsd.Matcher.from_pretrained("{base}", adapter="{name}")', "```", ""]
+    return "\n".join(lines)
+
+
+# Learning
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One decision of an example: rows of its table that compete, and which of them are right."""
+
+    rows: tuple[int, ...]
+    right: tuple[bool, ...]
+
+
+def _choices(example: Example) -> list[_Choice]:
+    """Every image's choice among texts and every text's among images that has right and wrong candidates."""
+    columns = len(example.texts)
+    table = [[i * columns + j for j in range(columns)] for i in range(len(example.images))]
+    lines = table + [list(column) for column in zip(*table, strict=True)]
+    positives = {i * columns + j for i, j in example.positives}
+    made = [_Choice(tuple(line), tuple(r in positives for r in line)) for line in lines]
+    return [c for c in made if any(c.right) and not all(c.right)]
+
+
+def choice_loss(scores: Tensor, choices: Sequence[_Choice], objective: Objective, margin: float) -> Tensor:
+    """Mean loss over the choices of one example, given its (rows,) scores in units of their spread."""
+    losses = []
+    for choice in choices:
+        candidates = scores[list(choice.rows)]
+        right = torch.tensor(choice.right, device=scores.device)
+        if objective == "softmax":
+            losses.append(candidates.logsumexp(0) - candidates[right].logsumexp(0))
+        else:
+            losses.append(F.relu(margin + candidates[~right].max() - candidates[right].min()))
+    return torch.stack(losses).mean()
+
+
+def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Examples to learn from and to validate on; examples that share a picture stay on one side."""
+    groups: dict[Any, list[Example]] = {}
+    owner: dict[Any, Any] = {}
+    for example in examples:
+        keys = [image if isinstance(image, str) else id(image) for image in example.images]
+        group = next((owner[k] for k in keys if k in owner), example.id)
+        for key in keys:
+            owner.setdefault(key, group)
+        groups.setdefault(group, []).append(example)
+    order = sorted(groups, key=str)
+    random.Random(seed).shuffle(order)
+    held: list[Example] = []
+    while order and len(held) < round(share * len(examples)):
+        held += groups[order.pop()]
+    kept = {id(e) for e in held}
+    return [e for e in examples if id(e) not in kept], held
+
+
+@dataclass(frozen=True)
+class _Validation:
+    """Outcomes on the validation examples at one moment."""
+
+    accuracy: np.ndarray  # (examples,) share of choices won
+    loss: np.ndarray  # (examples,) of the softmax over candidates, at the best scale
+    scale: float
+
+
+def _validate(scorer: Scorer, examples: Sequence[Example]) -> _Validation:
+    flat = scorer.predict([pair for e in examples for pair in e.pairs])
+    tables, at = [], 0
+    for e in examples:
+        tables.append(flat[at : at + len(e.pairs)])
+        at += len(e.pairs)
+    accuracy = [
+        wins(t.reshape(len(e.images), len(e.texts)), e.positives) for t, e in zip(tables, examples, strict=True)
+    ]
+    choices = [_choices(e) for e in examples]
+    spread = max(1e-6, float(np.std(np.concatenate([t - t.mean() for t in tables]))))
+
+    def losses(scale: float) -> np.ndarray:
+        made = [
+            choice_loss(torch.from_numpy(t.astype(np.float64)) * scale, c, "softmax", 0) for t, c in zip(tables, choices, strict=True)
+        ]
+        return torch.stack(made).numpy()
+
+    # the scale that makes the scores log-odds: one parameter, so a grid finds it
+    scales = [s / spread for s in np.geomspace(0.05, 20, 40)]
+    scale = min(scales, key=lambda s: float(losses(s).mean()))
+    return _Validation(np.array([float(np.mean(a)) for a in accuracy]), losses(scale), float(scale))
+
+
+def fit(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    validation: Sequence[Example] | None = None,
+    *,
+    config: FitConfig | None = None,
+    prompt: PromptConfig | None = None,
+    progress: bool = False,
+) -> Adapter:
+    """Learns attention prompts for the scorer's score; they stay attached to its backbone.
+
+    Args:
+        scorer: Decides score, timesteps, size and batch size; its backbone must be bare.
+        examples: Labelled examples, in which right and wrong candidates compete.
+        validation: Examples to stop by; None holds out a share of ``examples``.
+
+    Raises:
+        OptionError: If there is nothing to learn from.
+        ModelError: If the loss stops being finite.
+    """
+    config, prompt = config or FitConfig(), prompt or PromptConfig()
+    usable = [e for e in examples if _choices(e)]
+    if len(usable) < len(examples):
+        names = ", ".join(e.id for e in examples if not _choices(e))[:200]
+        raise OptionError(
+            f"got {len(examples) - len(usable)} examples in which nothing competes ({names}), "
+            "expected right and wrong candidates in each; add negatives to them"
+        )
+    if validation is None:
+        usable, validation = split(usable, config.validation, config.seed)
+    if not usable or not validation:
+        raise OptionError(
+            f"got {len(usable)} examples to learn from and {len(validation)} to validate, expected at least one of each"
+        )
+    denoiser = scorer.backbone.denoiser
+    base = fingerprint(scorer.backbone)
+    prompts.attach(denoiser, prompt, config.seed)
+    try:
+        before = best = _validate(scorer, validation)
+        best_state: dict[str, Tensor] | None = None
+        curve = [{"step": 0, "accuracy": float(before.accuracy.mean()), "loss": float(before.loss.mean())}]
+        learner = _Learner(scorer, usable, config)
+        stale = 0
+        with tqdm(total=config.steps, desc="learning", unit="step", disable=not progress) as bar:
+            for step in range(1, config.steps + 1):
+                loss = learner.step(step)
+                bar.update()
+                if step % config.check_every and step != config.steps:
+                    continue
+                now = _validate(scorer, validation)
+                curve.append(
+                    {"step": step, "accuracy": float(now.accuracy.mean()), "loss": float(now.loss.mean()), "train": loss}
+                )
+                bar.set_postfix(accuracy=f"{now.accuracy.mean():.3f}")
+                if now.loss.mean() < best.loss.mean():
+                    best, best_state, stale = now, prompts.state(denoiser), 0
+                else:
+                    stale += 1
+                    if stale >= config.patience:
+                        break
+        # learned prompts must beat the zero-shot score by more than chance would give, or they are not worth having
+        gain = before.loss - best.loss
+        noise = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+        kept = best_state is not None and gain.mean() > noise
+        if not kept:
+            best = before
+        prompts.detach(denoiser)
+        if kept and best_state is not None:
+            prompts.attach(denoiser, prompt)
+            prompts.load_state(denoiser, best_state)
+    except BaseException:
+        prompts.detach(denoiser)
+        raise
+    _, low, high = bootstrap_interval(best.accuracy, config.seed)
+    training = {
+        "config": asdict(config),
+        "examples": len(usable),
+        "validation_examples": len(validation),
+        "kept": kept,
+        "validation": {
+            "before": float(before.accuracy.mean()),
+            "after": float(best.accuracy.mean()),
+            "low": low,
+            "high": high,
+        },
+        "curve": curve,
+    }
+    return Adapter(
+        base,
+        scorer.score.config,
+        prompt if kept else None,
+        best_state if kept and best_state is not None else {},
+        scorer.size,
+        training,
+        best.scale,
+    )
+
+
+class _Learner:
+    """Optimizer steps over batches of examples."""
+
+    def __init__(self, scorer: Scorer, examples: Sequence[Example], config: FitConfig) -> None:
+        self.scorer, self.config = scorer, config
+        self.examples = list(examples)
+        self.choices = [_choices(e) for e in self.examples]
+        self.parameters = list(prompts.parameters(scorer.backbone.denoiser).values())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.spread: float | None = None
+        self.order: list[int] = []
+
+    def step(self, step: int) -> float:
+        """One step on the next batch; returns its loss.
+
+        Raises:
+            ModelError: If the loss is not finite.
+        """
+        config = self.config
+        rng = random.Random(f"{config.seed}/{step}")
+        if len(self.order) < config.batch:
+            fresh = list(range(len(self.examples)))
+            rng.shuffle(fresh)
+            self.order += fresh
+        batch, self.order = self.order[: config.batch], self.order[config.batch :]
+        scores = self._scores(batch, rng)
+        if self.spread is None:  # the unit in which margin and softmax work: how far candidates' scores lie apart
+            apart = torch.cat([s.detach() - s.detach().mean() for s in scores])
+            self.spread = max(1e-6, float(apart.std()))
+        losses = [
+            choice_loss(s / self.spread, self.choices[i], config.objective, config.margin)
+            for s, i in zip(scores, batch, strict=True)
+        ]
+        loss = torch.stack(losses).mean()
+        if not torch.isfinite(loss):
+            worst = next((self.examples[i].id for s, i in zip(scores, batch, strict=True) if not s.isfinite().all()), "?")
+            raise ModelError(
+                f"got a loss of {loss.item()} at step {step}, example {worst}; "
+                "lower the learning rate, or load the model in float32"
+            )
+        # cosine to zero after a short rise
+        warm = min(1.0, step / 10)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def _scores(self, batch: Sequence[int], rng: random.Random) -> list[Tensor]:
+        """Scores of every pair of each example, under one noise and one timestep an example: (rows,) each."""
+        scorer = self.scorer
+        backbone, score = scorer.backbone, scorer.score
+        images, texts, timesteps, noises, sizes = [], [], [], [], []
+        generator = torch.Generator().manual_seed(rng.getrandbits(48))
+        top = backbone.num_train_timesteps - 1
+        for i in batch:
+            example = self.examples[i]
+            t = rng.choice(score.config.timesteps) + rng.randint(-self.config.jitter, self.config.jitter)
+            noise = torch.randn(scorer.noise.shape[1:], generator=generator).to(backbone.device)
+            for image, text in example.pairs:
+                images.append(image)
+                texts.append(text)
+                timesteps.append(min(max(t, 0), top))
+                noises.append(noise)
+            sizes.append(len(example.pairs))
+        latents = scorer.latents(images)
+        states = scorer.texts(texts)
+        noise, t = torch.stack(noises), torch.tensor(timesteps, device=backbone.device)
+        empty: Pass | None = None
+        if score.needs_empty:
+            (blank,) = scorer.texts([""])
+            text = blank.select([0] * len(texts))
+            empty = noised_pass(backbone, latents, noise, t, text, score.empty_layers)
+        out = torch.empty(len(texts), device=backbone.device)
+        lengths: dict[int, list[int]] = {}
+        for row, state in enumerate(states):
+            lengths.setdefault(state.states.shape[1], []).append(row)
+        found: list[Tensor] = []
+        order: list[int] = []
+        for rows in lengths.values():
+            text = TextStates.join([states[r] for r in rows])
+            made = noised_pass(backbone, latents[rows], noise[rows], t[rows], text, score.layers)
+            found.append(score(made, None if empty is None else empty.rows(rows)))
+            order += rows
+        out = out.index_put((torch.tensor(order, device=out.device),), torch.cat(found))
+        return list(out.split(sizes))

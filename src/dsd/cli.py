@@ -1,0 +1,315 @@
+"""The command line: parses arguments, calls the library, prints results to stdout and everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsd.errors import DsdError, OptionError
+
+if TYPE_CHECKING:
+    from dsd.contracts import Example
+    from dsd.matcher import Matcher
+
+# Written out, for the lists live in modules that import torch; a test keeps them equal.
+SCORE_KINDS = ("attention", "attention-mass", "denoising", "paper", "paper-attention")
+WORLD_TASKS = ("comvg", "refcocog", "vqa", "winoground")
+LEVELS = ("easy", "standard", "hard")
+SPLITS = ("few-shot", "val", "test")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0 if done, 2 if the request cannot be met, 1 for a fault of ours."""
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        arguments.run(arguments)
+        sys.stdout.flush()
+    except DsdError as error:
+        print(f"dsd {arguments.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"dsd {arguments.command}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("DSD_DEBUG"):
+            raise
+        kind = type(error).__name__
+        print(
+            f"dsd {arguments.command}: fault: {kind}: {error}; this is our mistake, please report it with what "
+            "DSD_DEBUG=1 prints",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dsd", description="Match images and texts with a text-to-image diffusion model, zero-shot or taught."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], help: str, form: bool = True) -> Any:
+        command = commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        if form:
+            command.add_argument("--format", choices=("text", "json"), default="text", help="how results are printed")
+        return command
+
+    score = add("score", _score, "Score every image against every text; higher is a better match.")
+    rank = add("rank", _rank, "Rank texts for one image, or images for one text, best first.")
+    for command in (score, rank):
+        command.add_argument("images", nargs="+", metavar="IMAGE")
+        command.add_argument("--text", action="append", required=True, metavar="T", help="a caption; repeat for more")
+        _model_options(command)
+
+    fit = add("fit", _fit, "Learn from labelled examples; writes an adapter that --adapter reads.")
+    fit.add_argument("manifest", metavar="MANIFEST", help="JSONL or CSV of examples")
+    fit.add_argument("--out", required=True, metavar="DIR", help="folder of the adapter")
+    fit.add_argument("--val", metavar="MANIFEST", help="examples to stop by; default: a share of those to learn from")
+    fit.add_argument("--method", choices=("prompt",), default="prompt", help="what is learned (default: %(default)s)")
+    fit.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
+    fit.add_argument("--rank", type=int, default=4, help="rank of the prompts (default: %(default)s)")
+    fit.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
+    fit.add_argument("--learning-rate", type=float, metavar="LR")
+    fit.add_argument("--resume", action="store_true", help="go on with a fit of the same request that was stopped")
+    _model_options(fit, adapter=False)
+
+    evaluate = add("eval", _eval, "Measure a matcher on labelled examples, with 95 % intervals.")
+    evaluate.add_argument(
+        "manifest", metavar="MANIFEST|TASK", help=f"JSONL or CSV of examples, or a task of the world: {', '.join(WORLD_TASKS)}"
+    )
+    evaluate.add_argument("--data", metavar="DIR", help="folder that image paths are relative to; default: the manifest's")
+    evaluate.add_argument("--out", metavar="FILE", help="also save the whole result, scores included, as JSON")
+    _world_options(evaluate)
+    _model_options(evaluate)
+
+    world = add("world", _world, "Draw a task of the procedural world: images and a manifest.", form=False)
+    world.add_argument("task", choices=WORLD_TASKS)
+    world.add_argument("--out", required=True, metavar="DIR")
+    _world_options(world)
+    world.add_argument("--seed", type=int, default=0)
+
+    explain = add("explain", _explain, "Draw where in an image each word of a text is seen.", form=False)
+    explain.add_argument("images", nargs=1, metavar="IMAGE")
+    explain.add_argument("--text", required=True, metavar="T")
+    explain.add_argument("--out", required=True, metavar="FILE", help="a PNG")
+    _model_options(explain)
+
+    demo = add("demo", _demo, "The main job on the embedded model, start to end: score, teach, see.", form=False)
+    demo.add_argument("--out", default="demo", metavar="DIR", help="default: %(default)s")
+    demo.add_argument("--shots", type=int, default=128, metavar="N", help="examples to learn from (default: %(default)s)")
+    demo.add_argument("--held-out", type=int, default=200, metavar="N", help="examples a task (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _model_options(command: argparse.ArgumentParser, adapter: bool = True) -> None:
+    group = command.add_argument_group("model and score")
+    group.add_argument("--model", metavar="M", help="alias, hub name or folder (default: the adapter's base, or tiny)")
+    if adapter:
+        group.add_argument("--adapter", metavar="DIR", help="what was learned: a folder of ours or of the authors' format")
+    group.add_argument("--score", choices=SCORE_KINDS, help="default: the adapter's, or denoising")
+    steps = group.add_mutually_exclusive_group()
+    steps.add_argument("--timesteps", type=_integers, metavar="T,T,...", help="timesteps, such as 189,389")
+    steps.add_argument("--steps", type=int, metavar="N", help="that many timesteps, evenly spread")
+    group.add_argument("--layers", metavar="L,L,...", help="cross-attention layers to look at, such as mid_block")
+    group.add_argument("--noise", metavar="FILE", help="a .npy file of shape (timesteps, channels, height, width)")
+    group.add_argument("--seed", type=int, metavar="S", help="decides the noise (default: 0)")
+    group.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the model's own)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="rows a pass; halved when memory runs out")
+    group.add_argument("--device", metavar="D", help="such as cpu or cuda (default: a GPU if there is one)")
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+
+
+def _world_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("world")
+    group.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
+    group.add_argument("--level", choices=LEVELS, default="standard", help="default: %(default)s")
+    group.add_argument("--count", type=int, default=300, metavar="N", help="examples (default: %(default)s)")
+    group.add_argument("--novel", action="store_true", help="ask about the words that pretraining never saw")
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected integers with commas between them") from None
+
+
+# Commands
+
+
+def _matcher(a: argparse.Namespace) -> Matcher:
+    import numpy as np
+    import torch
+
+    from dsd.matcher import Matcher
+    from dsd.scores import even_timesteps
+
+    noise = None
+    if a.noise is not None:
+        try:
+            noise = np.load(a.noise, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise OptionError(f"{a.noise}: got a file that cannot be read ({error}), expected an array saved by numpy.save") from None
+        if not isinstance(noise, np.ndarray):
+            raise OptionError(f"{a.noise}: got an archive, expected one array saved by numpy.save")
+    if a.device is not None:
+        try:
+            torch.zeros(1, device=a.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise OptionError(f"got device {a.device!r} ({str(error).splitlines()[0]}), expected one that is there, such as cpu") from None
+    return Matcher.from_pretrained(
+        a.model,
+        adapter=getattr(a, "adapter", None),
+        score=a.score,
+        timesteps=a.timesteps if a.steps is None else even_timesteps(a.steps),
+        layers=None if a.layers is None else a.layers.split(","),
+        seed=a.seed,
+        size=a.size,
+        batch_size=a.batch_size,
+        noise=noise,
+        device=a.device,
+        dtype=getattr(torch, a.dtype),
+    )
+
+
+def _score(a: argparse.Namespace) -> None:
+    table = _matcher(a).score(a.images, a.text, progress=_watched())
+    if a.format == "json":
+        return _print_json(table.to_dict())
+    rows = [
+        {"image": name, "score": f"{score:.4f}", "text": text}
+        for name, line in zip(table.images, table.scores, strict=True)
+        for text, score in zip(table.texts, line, strict=True)
+    ]
+    _print_table(rows, ("image", "score", "text"))
+
+
+def _rank(a: argparse.Namespace) -> None:
+    if len(a.images) > 1 and len(a.text) > 1:
+        raise OptionError(f"got {len(a.images)} images and {len(a.text)} texts, expected one of either; use dsd score for all pairs")
+    matcher = _matcher(a)
+    table = matcher.score(a.images, a.text, progress=_watched())
+    what = "image" if len(a.images) > 1 else "text"
+    names = table.images if what == "image" else table.texts
+    flat = table.scores.reshape(-1)
+    order = sorted(range(len(flat)), key=lambda i: -flat[i])
+    ranked = [{"rank": k + 1, "index": i, what: names[i], "score": float(flat[i])} for k, i in enumerate(order)]
+    if a.format == "json":
+        return _print_json({"ranking": ranked, **table.config})
+    _print_table([{**r, "score": f"{r['score']:.4f}"} for r in ranked], ("rank", "score", what))
+
+
+def _fit(a: argparse.Namespace) -> None:
+    from dsd.adapt import FitConfig
+    from dsd.prompts import PromptConfig
+    from dsd.tasks import read_manifest
+
+    examples = read_manifest(a.manifest)
+    validation = None if a.val is None else read_manifest(a.val)
+    given = {"steps": a.max_steps, "learning_rate": a.learning_rate, "seed": a.seed}
+    config = FitConfig(objective=a.objective, **{k: v for k, v in given.items() if v is not None})
+    matcher = _matcher(a)
+    matcher.fit(
+        examples,
+        validation,
+        config=config,
+        prompt=PromptConfig(rank=a.rank),
+        progress=_watched(),
+        checkpoint=a.out,
+        resume=a.resume,
+    )
+    out = matcher.save_pretrained(a.out)
+    assert matcher.adapter is not None
+    training = matcher.adapter.training
+    if a.format == "json":
+        return _print_json({"adapter": str(out), **training})
+    before, after = training["validation"]["before"], training["validation"]["after"]
+    print(f"{out}: learned from {training['examples']} examples; on {training['validation_examples']} held out of learning:")
+    _print_table([{"": "zero-shot", "accuracy": f"{before:.3f}"}, {"": "learned", "accuracy": f"{after:.3f}"}], ("", "accuracy"))
+    if not training["kept"]:
+        print("Learning was not clearly better than the zero-shot score there, so the zero-shot score was kept.")
+
+
+def _eval(a: argparse.Namespace) -> None:
+    from dsd.evaluate import evaluate
+    from dsd.report import format_interval
+
+    result = evaluate(_matcher(a), _examples(a), progress=_watched())
+    if a.out is not None:
+        result.save(a.out)
+    if a.format == "json":
+        values = result.to_dict()
+        values.pop("examples")
+        return _print_json(values)
+    rows = [{"metric": name, "value [95 %]": format_interval(m), "n": m["n"]} for name, m in result.metrics.items()]
+    rows += [
+        {"metric": f"accuracy, {tag}", "value [95 %]": format_interval(m["accuracy"]), "n": m["accuracy"]["n"]}
+        for tag, m in result.by_tag.items()
+    ]
+    _print_table(rows, ("metric", "value [95 %]", "n"))
+
+
+def _examples(a: argparse.Namespace) -> list[Example]:
+    from dsd.tasks import read_manifest, world_task
+
+    if a.manifest in WORLD_TASKS and not os.path.exists(a.manifest):
+        if a.data is not None:
+            raise OptionError(f"got --data with the world's {a.manifest}, expected a manifest; the world draws its own images")
+        return world_task(a.manifest, a.split, a.level, a.count, a.seed or 0, a.novel)
+    return read_manifest(a.manifest, root=a.data)
+
+
+def _world(a: argparse.Namespace) -> None:
+    from dsd.tasks import world_task, write_manifest
+
+    examples = world_task(a.task, a.split, a.level, a.count, a.seed, a.novel)
+    print(write_manifest(examples, a.out))
+
+
+def _explain(a: argparse.Namespace) -> None:
+    from dsd.report import word_sheet
+
+    found = _matcher(a).explain(a.images[0], a.text)
+    word_sheet(a.out, found.image, list(zip(found.words, found.maps, strict=True)))
+    print(a.out)
+
+
+def _demo(a: argparse.Namespace) -> None:
+    from dsd.demo import run
+
+    run(a.out, shots=a.shots, held_out=a.held_out, seed=a.seed)
+
+
+# Printing
+
+
+def _watched() -> bool:
+    """Whether somebody may look at stderr; logs of pipelines are spared the bars."""
+    return sys.stderr.isatty() or os.environ.get("DSD_PROGRESS", "") == "1"
+
+
+def _print_json(values: Mapping[str, Any]) -> None:
+    json.dump(values, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    print()
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    from dsd.report import table
+
+    print(table(rows, columns))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

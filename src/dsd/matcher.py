@@ -1,0 +1,242 @@
+"""The facade: a text-to-image model as an image-text matcher.
+
+    import dsd
+
+    matcher = dsd.Matcher.from_pretrained("tiny")
+    table = matcher.score(["scene.png"], ["a red circle above a blue square", "a blue square above a red circle"])
+    table.scores  # (1, 2), higher is better
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from dsd import prompts
+from dsd.adapt import Adapter, FitConfig, fit
+from dsd.backbone import Backbone, default_timesteps, load_backbone
+from dsd.contracts import AdapterError, Example, ImageInput, OptionError, Pair, Ranked, ScoreTable, image_name
+from dsd.explain import WordMaps, word_maps
+from dsd.prompts import PromptConfig
+from dsd.scorer import Scorer
+from dsd.scores import ScoreConfig
+
+
+class Matcher:
+    """Scores how well captions explain images, zero-shot or as taught from examples.
+
+    A score depends on its image, its caption and the configuration alone, never on what else is in the batch.
+
+    Args:
+        backbone: The model.
+        score: What to compute for a pair.
+        adapter: What was learned; its prompts must not be attached yet. It brings its own score, so give ``score``
+            only to override that.
+        size: Pixels a side. Default: the adapter's, else the model's own.
+        batch_size: Rows a denoiser pass; halved whenever memory runs out.
+        noise: (timesteps, channels, height, width) of the latent, instead of noise drawn from the score's seed.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        score: ScoreConfig | None = None,
+        *,
+        adapter: Adapter | None = None,
+        size: int | None = None,
+        batch_size: int | None = None,
+        noise: np.ndarray | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.adapter = adapter
+        if adapter is not None:
+            adapter.attach(backbone)
+            score = score or adapter.score
+            size = size or adapter.size
+        score = score or ScoreConfig(timesteps=default_timesteps(backbone.name))
+        self._scorer = Scorer(backbone, score, size=size, batch_size=batch_size, noise=noise)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | None = None,
+        *,
+        adapter: str | os.PathLike[str] | None = None,
+        score: str | ScoreConfig | None = None,
+        timesteps: Sequence[int] | None = None,
+        layers: Sequence[str] | None = None,
+        seed: int | None = None,
+        size: int | None = None,
+        batch_size: int | None = None,
+        noise: np.ndarray | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Loads a model, and an adapter if one is named.
+
+        Args:
+            model: An alias such as ``tiny`` or ``sd21-base``, a hub name, or a folder. Default: the adapter's base,
+                else ``tiny``.
+            adapter: A folder saved by :meth:`save_pretrained`, or one in the authors' format.
+            score: A name of :data:`dsd.scores.SCORES` or a whole configuration. Default: the adapter's, else
+                ``denoising``, the best zero-shot.
+            timesteps, layers, seed: Override the score's own.
+            size, batch_size, noise: See the class.
+            device: Default: the first GPU if there is one, else the CPU.
+            dtype: Of the weights; scores are reduced in float32 whatever it is.
+
+        Raises:
+            ModelError, AdapterError, OptionError: If something cannot be loaded, or does not fit together.
+        """
+        loaded = None if adapter is None else Adapter.load(adapter)
+        if model is None:
+            model = "tiny" if loaded is None or loaded.base is None else str(loaded.base["name"])
+        backbone = load_backbone(model, device=device, dtype=dtype)
+        if isinstance(score, ScoreConfig):
+            config = score
+        elif loaded is not None and score in (None, loaded.score.kind):
+            config = loaded.score
+        elif loaded is not None:
+            config = replace(loaded.score, kind=str(score), weights=None, layers=None)
+        else:
+            config = ScoreConfig(kind=score or "denoising", timesteps=default_timesteps(model))
+        if timesteps is not None:
+            config = replace(config, timesteps=tuple(timesteps))
+        if layers is not None:
+            config = replace(config, layers=tuple(layers))
+        if seed is not None:
+            config = replace(config, seed=seed)
+        return cls(backbone, config, adapter=loaded, size=size, batch_size=batch_size, noise=noise)
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The resolved configuration, plain values."""
+        score = self._scorer.score
+        return {
+            "model": self.backbone.name,
+            "score": score.config.to_dict(),
+            "layers": list(score.layers),
+            "size": self._scorer.size,
+            "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            "adapter": None if self.adapter is None else {"training": dict(self.adapter.training)},
+        }
+
+    @property
+    def score_config(self) -> ScoreConfig:
+        """What is computed for a pair."""
+        return self._scorer.score.config
+
+    # Matching
+
+    def predict(self, pairs: Sequence[Pair], *, progress: bool = False) -> np.ndarray:
+        """Scores (image, caption) pairs: (n,) float32, higher is a better match.
+
+        Raises:
+            ImageError, TextError: If an image or caption cannot be scored.
+        """
+        return self._scorer.predict(pairs, progress=progress)
+
+    def score(self, images: Sequence[ImageInput], texts: Sequence[str], *, progress: bool = False) -> ScoreTable:
+        """Scores every image against every caption; one image or one caption may be given by itself.
+
+        Args:
+            images: Paths, PIL images or uint8 arrays (h, w, 3).
+            texts: Captions of any length.
+
+        Raises:
+            ImageError, TextError: If an image or caption cannot be scored.
+        """
+        pictures: Sequence[ImageInput] = images if isinstance(images, list | tuple) else [images]
+        captions = [texts] if isinstance(texts, str) else list(texts)
+        if not pictures or not captions:
+            raise OptionError(f"got {len(pictures)} images and {len(captions)} texts, expected at least one of each")
+        flat = self.predict([(image, text) for image in pictures for text in captions], progress=progress)
+        names = tuple(image_name(image, i) for i, image in enumerate(pictures))
+        return ScoreTable(flat.reshape(len(pictures), len(captions)), names, tuple(captions), self.config)
+
+    def rank(self, query: ImageInput, candidates: Sequence[Any], *, progress: bool = False) -> list[Ranked]:
+        """Candidates for an image (captions) or for a caption (images), best first; equal scores keep their order.
+
+        A string is an image if a file of that name exists.
+        """
+        if not candidates:
+            raise OptionError("got no candidates, expected at least one")
+        if not isinstance(query, str) or _is_file(query):
+            table = self.score([query], list(candidates), progress=progress)
+            scores, names = table.scores[0], table.texts
+        else:
+            table = self.score(list(candidates), [query], progress=progress)
+            scores, names = table.scores[:, 0], table.images
+        order = np.argsort(-scores, kind="stable")
+        return [Ranked(int(i), names[i], float(scores[i])) for i in order]
+
+    def probability(self, images: Sequence[ImageInput], texts: Sequence[str]) -> np.ndarray:
+        """How probable each caption is among those given, for each image: (n_images, n_texts), rows sum to one.
+
+        Raises:
+            AdapterError: If no adapter is loaded, for only learning calibrates scores.
+        """
+        if self.adapter is None or self.adapter.scale is None:
+            raise AdapterError("got a matcher without calibration, expected an adapter that was fitted; use fit first")
+        logits = self.adapter.scale * self.score(images, texts).scores.astype(np.float64)
+        odds = np.exp(logits - logits.max(1, keepdims=True))
+        return odds / odds.sum(1, keepdims=True)
+
+    # Learning
+
+    def fit(
+        self,
+        examples: Sequence[Example],
+        validation: Sequence[Example] | None = None,
+        *,
+        config: FitConfig | None = None,
+        prompt: PromptConfig | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Teaches the matcher from labelled examples; see :func:`dsd.adapt.fit`. An earlier lesson is forgotten."""
+        prompts.detach(self.backbone.denoiser)
+        self.adapter = None
+        self.adapter = fit(self._scorer, examples, validation, config=config, prompt=prompt, progress=progress)
+        self._scorer.use(self.adapter.score)
+        return self
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Saves what was learned; the base model is named, not copied.
+
+        Raises:
+            AdapterError: If nothing was learned yet.
+        """
+        if self.adapter is None:
+            raise AdapterError("got a matcher without an adapter, expected one that was fitted; use fit first")
+        return self.adapter.save(folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Uploads what was learned to the Hugging Face hub; returns its address there."""
+        from tempfile import TemporaryDirectory
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            saved = self.save_pretrained(Path(folder) / repo_id.split("/")[-1])
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=saved))
+
+    # Understanding
+
+    def explain(self, image: ImageInput, text: str) -> WordMaps:
+        """Where in the image each word of a caption is seen; see :func:`dsd.explain.word_maps`."""
+        return word_maps(self._scorer, image, text)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return os.path.isfile(text)
+    except ValueError:  # a null byte is in no path
+        return False

@@ -1,0 +1,272 @@
+"""Metrics against brute force, and against what they should say of a matcher that knows nothing or everything."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsd.contracts import Example, ManifestError
+from dsd.metrics import bootstrap_interval, evaluate_scores, outcomes, paired_difference, wins
+
+NAN, INF = np.nan, np.inf
+LEVELS = st.sampled_from([-INF, -1.0, 0.0, 0.5, 2.0, INF, NAN])
+
+
+def example(images: int, texts: int, *positives: tuple[int, int], tags: tuple[str, ...] = ()) -> Example:
+    return Example("e", ("i",) * images, ("t",) * texts, positives or ((0, 0),), tags)
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+    """Scores with many ties and holes, and some positives."""
+    images, texts = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    scores = np.array([[draw(LEVELS) for _ in range(texts)] for _ in range(images)])
+    cell = st.tuples(st.integers(0, images - 1), st.integers(0, texts - 1))
+    return scores, tuple(draw(st.sets(cell, min_size=1)))
+
+
+def brute_choice(scores: list[float], right: list[bool]) -> float:
+    """A choice won, with plain loops."""
+    best, tied, hits = None, 0, 0
+    for score, is_right in zip(scores, right, strict=True):
+        if score != score:
+            continue
+        if best is None or score > best:
+            best, tied, hits = score, 0, 0
+        if score == best:
+            tied += 1
+            hits += is_right
+    return hits / tied if tied else 0.0
+
+
+def brute_wins(scores: np.ndarray, positives: tuple[tuple[int, int], ...]) -> list[float]:
+    images, texts = scores.shape
+    found = []
+    for t in range(texts):
+        right = [(i, t) in positives for i in range(images)]
+        if any(right) and not all(right):
+            found.append(brute_choice([scores[i, t] for i in range(images)], right))
+    for i in range(images):
+        right = [(i, t) in positives for t in range(texts)]
+        if any(right) and not all(right):
+            found.append(brute_choice([scores[i, t] for t in range(texts)], right))
+    return found
+
+
+@given(tables())
+@settings(max_examples=200, deadline=None)
+def test_wins_as_plain_loops_have_them(case: tuple[np.ndarray, tuple[tuple[int, int], ...]]) -> None:
+    scores, positives = case
+    np.testing.assert_allclose(wins(scores, positives), brute_wins(scores, positives))
+
+
+@given(tables(), st.randoms(use_true_random=False))
+@settings(max_examples=100, deadline=None)
+def test_wins_do_not_depend_on_the_order_of_candidates(
+    case: tuple[np.ndarray, tuple[tuple[int, int], ...]], random: st.DataObject
+) -> None:
+    scores, positives = case
+    rows = list(range(len(scores)))
+    random.shuffle(rows)  # type: ignore[attr-defined]
+    moved = [(rows.index(i), t) for i, t in positives]
+    np.testing.assert_allclose(sorted(wins(scores[rows], moved)), sorted(wins(scores, positives)))
+
+
+@pytest.mark.parametrize(
+    ("scores", "positives", "expected"),
+    [
+        ([[2.0, 1.0]], [(0, 0)], [1]),
+        ([[1.0, 2.0]], [(0, 0)], [0]),
+        ([[1.0, 1.0]], [(0, 0)], [0.5]),
+        ([[1.0, 1.0, 1.0, 0.0]], [(0, 0)], [1 / 3]),
+        ([[1.0, 1.0, 1.0, 0.0]], [(0, 0), (0, 1)], [2 / 3]),
+        ([[0.0, 1.0, 1.0]], [(0, 0)], [0]),
+        ([[NAN, -INF]], [(0, 0)], [0]),
+        ([[-INF, NAN]], [(0, 0)], [1]),
+        ([[NAN, NAN]], [(0, 0)], [0]),
+        ([[-INF, -INF]], [(0, 0)], [0.5]),
+        ([[1.0], [0.0]], [(0, 0)], [1]),
+        ([[1.0]], [(0, 0)], []),
+        ([[1.0, 2.0]], [(0, 0), (0, 1)], []),
+        ([[2.0, 1.0], [0.0, 0.0]], [(0, 0), (1, 1)], [1, 0, 1, 0.5]),
+    ],
+)
+def test_wins_by_hand(scores: list[list[float]], positives: list[tuple[int, int]], expected: list[float]) -> None:
+    np.testing.assert_allclose(wins(np.array(scores), positives), expected)
+
+
+def test_wins_asks_for_a_matrix() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        wins(np.zeros(3), [(0, 0)])
+
+
+def test_accuracy_is_over_examples_not_choices() -> None:
+    examples = [example(2, 1), example(2, 2, (0, 0), (1, 1))]
+    found = evaluate_scores(examples, [np.array([[1.0], [0.0]]), np.array([[0.0, 1.0], [1.0, 0.0]])])
+    assert found["metrics"]["accuracy"]["value"] == 0.5
+    assert found["metrics"]["accuracy"]["n"] == 2
+
+
+def test_examples_without_a_choice_are_left_out() -> None:
+    examples = [example(1, 1, tags=("single",)), example(2, 1, tags=("pair",))]
+    scores = [np.zeros((1, 1)), np.array([[1.0], [0.0]])]
+    found = evaluate_scores(examples, scores)
+    assert found["metrics"]["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 1}
+    assert set(found["by_tag"]) == {"pair"}
+    np.testing.assert_array_equal(outcomes(examples, scores), [NAN, 1.0])
+    with pytest.raises(ManifestError, match="without a choice"):
+        evaluate_scores(examples[:1], scores[:1])
+    with pytest.raises(ManifestError, match="0 examples"):
+        evaluate_scores([], [])
+
+
+def test_scores_must_fit_the_examples() -> None:
+    with pytest.raises(ValueError, match="one an example"):
+        evaluate_scores([example(2, 1)], [])
+    with pytest.raises(ValueError, match=r"expected \(2, 1\)"):
+        evaluate_scores([example(2, 1)], [np.zeros((1, 2))])
+
+
+@pytest.mark.parametrize(
+    ("scores", "text", "image"),
+    [
+        ([[2.0, 1.0], [0.0, 3.0]], 1, 1),
+        ([[2.0, 1.0], [5.0, 6.0]], 1, 0),
+        ([[2.0, 5.0], [1.0, 6.0]], 0, 1),
+        ([[1.0, 2.0], [2.0, 1.0]], 0, 0),
+        ([[1.0, 1.0], [0.0, 2.0]], 0, 1),
+        ([[1.0, 0.0], [1.0, 2.0]], 1, 0),
+        ([[1.0, 1.0], [1.0, 1.0]], 0, 0),
+        ([[1.0, NAN], [NAN, 1.0]], 1, 1),
+        ([[NAN, 0.0], [0.0, 1.0]], 0, 0),
+    ],
+)
+def test_winoground_scores_are_strict(scores: list[list[float]], text: int, image: int) -> None:
+    metrics = evaluate_scores([example(2, 2, (1, 1), (0, 0))], [np.array(scores)])["metrics"]
+    assert [metrics[name]["value"] for name in ("text", "image", "group")] == [text, image, text * image]
+
+
+def test_winoground_scores_are_for_its_groups_only() -> None:
+    metrics = evaluate_scores([example(2, 2, (0, 1), (1, 0)), example(2, 2)], [np.zeros((2, 2))] * 2)["metrics"]
+    assert set(metrics) == {"accuracy"}
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, NAN]), min_size=3, max_size=6), st.data())
+@settings(max_examples=100, deadline=None)
+def test_ranks_as_all_orders_of_the_tied_have_them(scores: list[float], data: st.DataObject) -> None:
+    n = len(scores)
+    right = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1))
+    reciprocal, first, fifth = [], [], []
+    for order in permutations(range(n)):
+        ranked = sorted((i for i in order if scores[i] == scores[i]), key=lambda i: -scores[i])
+        rank = next((r for r, i in enumerate(ranked, 1) if i in right), None)
+        reciprocal.append(1 / rank if rank else 0.0)
+        first.append(rank == 1)
+        fifth.append(rank is not None and rank <= 5)
+    metrics = evaluate_scores([example(1, n, *((0, i) for i in right))], [np.array([scores])], resamples=1)["metrics"]
+    assert metrics["mrr"]["value"] == pytest.approx(np.mean(reciprocal))
+    assert metrics["recall@1"]["value"] == pytest.approx(np.mean(first))
+    assert metrics["accuracy"]["value"] == pytest.approx(np.mean(first))
+    if n > 5:
+        assert metrics["recall@5"]["value"] == pytest.approx(np.mean(fifth))
+    else:
+        assert "recall@5" not in metrics
+
+
+def test_ranks_need_more_than_two_candidates() -> None:
+    assert "mrr" not in evaluate_scores([example(2, 1)], [np.zeros((2, 1))])["metrics"]
+    assert "mrr" in evaluate_scores([example(3, 1)], [np.zeros((3, 1))])["metrics"]
+    assert "mrr" not in evaluate_scores([example(3, 2)], [np.zeros((3, 2))])["metrics"]
+
+
+def test_ties_are_counted() -> None:
+    scores = [np.array([[1.0, 1.0, 0.0]]), np.array([[1.0, 0.0, 0.0]]), np.array([[NAN, NAN, 0.0]])]
+    assert evaluate_scores([example(1, 3)] * 3, scores)["ties"] == 1
+
+
+def test_tags() -> None:
+    examples = [example(2, 1, tags=("a", "b")), example(2, 1, tags=("b",)), example(2, 1)]
+    scores = [np.array([[1.0], [0.0]]), np.array([[0.0], [1.0]]), np.array([[0.0], [1.0]])]
+    by_tag = evaluate_scores(examples, scores)["by_tag"]
+    assert {tag: (m["accuracy"]["value"], m["accuracy"]["n"]) for tag, m in by_tag.items()} == {
+        "a": (1, 1),
+        "b": (0.5, 2),
+    }
+
+
+def test_a_matcher_that_knows_nothing_is_at_chance() -> None:
+    rng = np.random.default_rng(3)
+    for images, texts, chance in ((2, 1, 1 / 2), (1, 4, 1 / 4), (2, 2, 1 / 2)):
+        positives = ((0, 0), (1, 1)) if images == texts else ((0, 0),)
+        examples = [example(images, texts, *positives) for _ in range(1500)]
+        metric = evaluate_scores(examples, list(rng.normal(size=(1500, images, texts))))["metrics"]["accuracy"]
+        assert metric["low"] < chance < metric["high"]
+        constant = evaluate_scores(examples, [np.zeros((images, texts))] * 1500)
+        assert constant["metrics"]["accuracy"]["value"] == pytest.approx(chance)
+        assert constant["ties"] == 1500 * len(wins(np.zeros((images, texts)), positives))
+
+
+def test_the_interval_is_that_of_resampling_by_index() -> None:
+    values = np.random.default_rng(4).choice([0, 0.5, 1], 60)
+    value, low, high = bootstrap_interval(values, 0, 20_000)
+    by_index = values[np.random.default_rng(5).integers(0, 60, (20_000, 60))].mean(1)
+    assert value == values.mean()
+    np.testing.assert_allclose([low, high], np.percentile(by_index, [2.5, 97.5]), atol=0.01)
+
+
+def test_the_interval_covers_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(6)
+    intervals = [bootstrap_interval(rng.random(80) < 0.7, seed, 400) for seed in range(300)]
+    assert 0.90 <= np.mean([low <= 0.7 <= high for _, low, high in intervals]) <= 0.985
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_the_interval_lies_within_the_values_and_repeats(values: list[float], seed: int) -> None:
+    value, low, high = bootstrap_interval(values, seed, 50)
+    assert (value, low, high) == bootstrap_interval(values, seed, 50)
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+
+
+def test_many_distinct_values_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(7).normal(size=200)
+    monkeypatch.setattr("dsd.metrics._CELLS", 1000)
+    _, low, high = bootstrap_interval(values, 0, 2000)
+    assert high - low == pytest.approx(2 * 1.96 * values.std() / 200**0.5, rel=0.15)
+
+
+@pytest.mark.parametrize("values", [[], [NAN], [INF, 1.0], [[1.0]]])
+def test_intervals_of_nothing_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        bootstrap_interval(values)
+    with pytest.raises(ValueError, match="resamples"):
+        bootstrap_interval([1.0], 0, 0)
+
+
+def test_paired_difference() -> None:
+    rng = np.random.default_rng(8)
+    hard = rng.random(400)
+    good, poor = (hard < 0.8).astype(float), (hard < 0.7).astype(float)
+    found = paired_difference(good, poor)
+    assert found["value"] == pytest.approx(good.mean() - poor.mean())
+    assert 0 < found["low"] < found["value"] < found["high"]
+    # pairing takes the shared difficulty out
+    _, low, high = bootstrap_interval(good)
+    assert found["high"] - found["low"] < high - low
+    assert found["p"] == pytest.approx(1 / 2001)
+    back = paired_difference(poor, good)
+    assert back["value"] == -found["value"]
+    assert paired_difference(good, good) == {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+    with pytest.raises(ValueError, match="same examples"):
+        paired_difference(good, poor[:3])
+
+
+def test_p_values_of_equal_methods_are_spread_evenly() -> None:
+    rng = np.random.default_rng(9)
+    found = [paired_difference(*rng.normal(size=(2, 60)), seed, 300)["p"] for seed in range(300)]
+    assert np.mean(np.array(found) < 0.05) < 0.1
+    assert 0.4 < np.mean(found) < 0.6

@@ -1,0 +1,224 @@
+"""Tables, overlays and the page: what they show, and that nothing in them runs or loads."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dsd.contracts import Example, OptionError, Ranked
+from dsd.images import load_image
+from dsd.report import (
+    Comparison,
+    HeldOut,
+    Ranking,
+    Training,
+    WordMaps,
+    demo_report,
+    format_interval,
+    overlay,
+    table,
+)
+
+EVIL = "<script>alert('1')</script> & \"quoted\""
+VOID = {"img", "meta", "link", "br", "rect", "path", "line", "circle", "polyline"}
+
+
+def metric(value: float, n: int = 200) -> dict[str, float]:
+    return {"value": value, "low": value - 0.05, "high": value + 0.04, "n": n}
+
+
+def picture(colour: str, size: tuple[int, int] = (16, 16)) -> Image.Image:
+    return Image.new("RGB", size, colour)
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in order; gathers elements, their attributes and the text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("report") / "deep" / "demo.html"
+    two = (picture("red"), picture("blue", (600, 300)))
+    demo_report(
+        path,
+        ranking=Ranking(
+            picture("red"),
+            [Ranked(1, EVIL, -3.25), Ranked(0, "a blue square", -4.5), Ranked(2, "broken", np.nan)],
+            frozenset({1}),
+        ),
+        comparisons=[
+            Comparison("comvg", {"attention": metric(0.617), "denoising": metric(0.842)}, {"attention": metric(0.861)}),
+            Comparison("winoground", {"attention": metric(0.541)}, {EVIL: metric(0.792)}, chance=0.25),
+        ],
+        held_out=[
+            HeldOut(
+                Example("img-1", two, ("a caption",), ((0, 0),), ("subject",)),
+                np.array([[0.125], [0.375]]),
+                np.array([[0.625], [0.5]]),
+            ),
+            HeldOut(
+                Example("txt-1", two[:1], (EVIL, "other"), ((0, 0),)), np.array([[1.0, 1.0]]), np.array([[np.nan, 0.0]])
+            ),
+            HeldOut(Example("grp-1", two, ("one", "two"), ((0, 0), (1, 1))), np.zeros((2, 2)), np.eye(2)),
+            HeldOut(Example("single", two[:1], ("only",), ((0, 0),)), np.zeros((1, 1)), np.ones((1, 1))),
+        ],
+        word_maps=WordMaps(picture("red"), EVIL, {EVIL: np.eye(4), "flat": np.ones((4, 4))}),
+        training=Training(
+            {"method": "prompt", "examples": 128},
+            {"loss": [(0, 0.7), (50, 0.3), (100, 0.25)], "one": [(0, 1.0)], "no": []},
+        ),
+        settings={"model": "tiny", "seed": 7, "score": EVIL},
+    )
+    return path.read_text("utf-8")
+
+
+def test_nothing_is_loaded_and_nothing_runs(html: str) -> None:
+    page = Page(html)
+    markup = re.sub(r"base64,[A-Za-z0-9+/=]+", "", html)
+    assert not re.search(r"https?:|//\w|url\(|@import|<link|<script|javascript:|\son\w+=", markup)
+    assert all(str(a["src"]).startswith("data:image/png;base64,") for a in page.all("img"))
+    assert not [a for _, attributes in page.found for a in attributes if a in ("href", "srcset", "action")]
+
+
+def test_captions_are_shown_as_they_are(html: str) -> None:
+    assert Page(html).text.count(EVIL) >= 6
+
+
+def test_the_numbers_are_there(html: str) -> None:
+    text = Page(html).text
+    for number in ("-3.25", "-4.50", "nan", "0.617 [0.57, 0.66]", "0.861 [0.81, 0.90]", "0.792", "chance 0.25"):
+        assert number in text
+    for number in ("0.12", "0.38", "0.62", "128", "tiny", "at the end 0.25", "200"):
+        assert number in text
+
+
+def test_right_and_wrong_are_told_in_words(html: str) -> None:
+    text = " ".join(Page(html).text.split())
+    assert "before ✗ wrong after ✓ right" in text  # img-1
+    assert "before ◐ 50 % after ✗ wrong" in text  # txt-1: a tie, then NaN
+    assert "before ◐ 50 % after ✓ right" in text  # grp-1
+    assert len(re.findall(r"before [✗✓◐]", text)) == 3  # a single pair is no choice
+
+
+def test_the_page_is_accessible(html: str) -> None:
+    page = Page(html)
+    assert html.startswith("<!DOCTYPE html>")
+    assert page.all("html") == [{"lang": "en"}]
+    assert len(page.all("h1")) == 1
+    assert all(a["alt"] for a in page.all("img"))
+    assert all(a["role"] == "img" and a["aria-label"] for a in page.all("svg"))
+    assert len(page.all("svg")) == 4
+    assert "prefers-color-scheme: dark" in html
+    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+
+
+def test_pictures_are_embedded_small(html: str) -> None:
+    sizes = set()
+    for attributes in Page(html).all("img"):
+        content = base64.b64decode(str(attributes["src"]).partition(",")[2])
+        with Image.open(io.BytesIO(content)) as image:
+            sizes.add(image.size)
+            assert ("pixelated" in str(attributes["class"])) == (max(image.size) <= 128)
+    assert sizes == {(16, 16), (512, 256), (256, 256)}
+
+
+def test_bars_are_as_long_as_they_should_be(html: str) -> None:
+    bars = [a for a in Page(html).all("rect") if "after" in str(a["class"])]
+    lengths = [float(str(a["width"])) for a in bars]
+    assert lengths[0] / lengths[1] == pytest.approx(0.861 / 0.792, rel=0.01)
+
+
+def test_parts_may_be_missing(tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    demo_report(path, ranking=Ranking(picture("red"), []), comparisons=[], settings={}, title="T & T", summary="S")
+    page = Page(path.read_text("utf-8"))
+    assert "T & T" in page.text
+    assert len(page.all("section")) == 2
+
+
+@pytest.mark.parametrize("values", [[0.5], [0.0, 0.0], [1e-9, 2e-9], [-3.0, 1e6], [np.nan], [0.1, np.inf, 0.3]])
+def test_any_curve_is_drawn_within_its_box(tmp_path: Path, values: list[float]) -> None:
+    path = tmp_path / "page.html"
+    training = Training(curves={"loss": list(enumerate(values))})
+    demo_report(path, ranking=Ranking(picture("red"), []), comparisons=[], training=training, settings={})
+    (line,) = Page(path.read_text("utf-8")).all("polyline")
+    points = np.array([[float(x) for x in point.split(",")] for point in str(line["points"]).split()])
+    assert (points >= [44, 10]).all()
+    assert (points <= [384, 140]).all()
+
+
+def test_format_interval() -> None:
+    assert format_interval({"value": 0.8612, "low": 0.8201, "high": 0.9, "n": 10}) == "0.861 [0.82, 0.90]"
+
+
+def test_table() -> None:
+    rows = [
+        {"name": "attention", "accuracy": metric(0.6), "n": 12, "p": 0.00151},
+        {"name": "a|b\nc", "accuracy": None, "n": 3},
+    ]
+    assert table(rows, ["name", "accuracy", "n", "p"]).splitlines() == [
+        "| name      |           accuracy |   n |     p |",
+        "| --------- | -----------------: | --: | ----: |",
+        "| attention | 0.600 [0.55, 0.64] |  12 | 0.002 |",
+        "| a\\|b c    |                    |   3 |       |",
+    ]
+    assert table([], ["x"]).splitlines()[0].strip("| ") == "x"
+
+
+def test_overlay_is_light_where_heat_is() -> None:
+    heat = np.zeros((4, 4))
+    heat[0, 0] = 5
+    found = np.asarray(overlay(picture("gray", (64, 48)), heat), float)
+    assert found.shape == (48, 64, 3)
+    assert found[2, 2].sum() > 2 * found[40, 56].sum()
+    # the scale of the heat does not matter, nor does what is added to it
+    np.testing.assert_allclose(np.asarray(overlay(picture("gray", (64, 48)), 3 * heat - 7), float), found, atol=1)
+
+
+def test_overlay_of_odd_maps() -> None:
+    flat = np.asarray(overlay(picture("white"), np.full((2, 2), 3.0)))
+    np.testing.assert_array_equal(np.asarray(overlay(picture("white"), np.full((2, 2), np.nan))), flat)
+    assert (flat == flat[0, 0]).all()
+    holed = np.array([[np.nan, 1.0], [0.0, np.inf]])
+    assert np.asarray(overlay(picture("white"), holed)).shape == (16, 16, 3)
+    grey = np.asarray(overlay(picture("red"), np.eye(2), alpha=0))
+    np.testing.assert_array_equal(grey[..., 0], np.asarray(load_image(picture("red")).convert("L")))
+    for heat in (np.zeros(3), np.zeros((0, 4)), np.zeros((1, 2, 3))):
+        with pytest.raises(OptionError, match="heat map"):
+            overlay(picture("red"), heat)
+    with pytest.raises(OptionError, match="alpha"):
+        overlay(picture("red"), np.eye(2), alpha=1.5)
