@@ -13,8 +13,8 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -29,6 +29,7 @@ from tqdm import tqdm
 from dsd import prompts
 from dsd.backbone import Backbone, TextStates
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
+from dsd.evaluate import dataset_checksum
 from dsd.metrics import bootstrap_interval, wins
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
@@ -104,7 +105,7 @@ class Adapter:
         out = Path(folder)
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _CONFIG).exists())):
-            raise AdapterError(f"{out}: got a path that holds something else, expected a new folder or an older adapter's")
+            raise AdapterError(f"{out}: got a path that holds something else, expected a new folder or an adapter's")
         config = {
             "format": _FORMAT,
             "base": self.base,
@@ -214,14 +215,17 @@ def _card(adapter: Adapter, name: str) -> str:
         f"Low-rank attention prompts for `{base}`, learned by `dsd` (He et al. 2023, arXiv 2305.10722).",
         "",
         f"- Score: `{adapter.score.kind}` at timesteps {', '.join(map(str, adapter.score.timesteps))}",
-        f"- Prompts: {'none, the zero-shot score did as well' if adapter.prompts is None else f'rank {adapter.prompts.rank}'}",
+        "- Prompts: none, the zero-shot score did as well"
+        if adapter.prompts is None
+        else f"- Prompts: rank {adapter.prompts.rank} on {', '.join(adapter.prompts.projections)}",
     ]
     if "examples" in training:
         lines.append(f"- Examples: {training['examples']} to learn from, {training['validation_examples']} to validate")
     if "validation" in training:
         before, after = training["validation"]["before"], training["validation"]["after"]
         lines.append(f"- Validation accuracy: {before:.3f} zero-shot, {after:.3f} learned")
-    lines += ["", "```python", "import dsd", "", f'matcher = dsd.Matcher.from_pretrained("{base}", adapter="{name}")', "```", ""]
+    call = f'matcher = dsd.Matcher.from_pretrained("{base}", adapter="{name}")'
+    lines += ["", "```python", "import dsd", "", call, "```", ""]
     return "\n".join(lines)
 
 
@@ -286,6 +290,13 @@ class _Validation:
     loss: np.ndarray  # (examples,) of the softmax over candidates, at the best scale
     scale: float
 
+    def plain(self) -> tuple[list[float], list[float], float]:
+        return self.accuracy.tolist(), self.loss.tolist(), self.scale
+
+    @classmethod
+    def of(cls, values: Sequence[Any]) -> _Validation:
+        return cls(np.array(values[0]), np.array(values[1]), float(values[2]))
+
 
 def _validate(scorer: Scorer, examples: Sequence[Example]) -> _Validation:
     flat = scorer.predict([pair for e in examples for pair in e.pairs])
@@ -300,9 +311,8 @@ def _validate(scorer: Scorer, examples: Sequence[Example]) -> _Validation:
     spread = max(1e-6, float(np.std(np.concatenate([t - t.mean() for t in tables]))))
 
     def losses(scale: float) -> np.ndarray:
-        made = [
-            choice_loss(torch.from_numpy(t.astype(np.float64)) * scale, c, "softmax", 0) for t, c in zip(tables, choices, strict=True)
-        ]
+        scaled = [torch.from_numpy(t.astype(np.float64)) * scale for t in tables]
+        made = [choice_loss(t, c, "softmax", 0) for t, c in zip(scaled, choices, strict=True)]
         return torch.stack(made).numpy()
 
     # the scale that makes the scores log-odds: one parameter, so a grid finds it
@@ -318,6 +328,8 @@ def fit(
     *,
     config: FitConfig | None = None,
     prompt: PromptConfig | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
     progress: bool = False,
 ) -> Adapter:
     """Learns attention prompts for the scorer's score; they stay attached to its backbone.
@@ -326,9 +338,11 @@ def fit(
         scorer: Decides score, timesteps, size and batch size; its backbone must be bare.
         examples: Labelled examples, in which right and wrong candidates compete.
         validation: Examples to stop by; None holds out a share of ``examples``.
+        checkpoint: A file to keep the state of training in, removed when training ends.
+        resume: Go on from ``checkpoint`` if it is there; the result is the same as without the stop.
 
     Raises:
-        OptionError: If there is nothing to learn from.
+        OptionError: If there is nothing to learn from, or the checkpoint is of another request.
         ModelError: If the loss stops being finite.
     """
     config, prompt = config or FitConfig(), prompt or PromptConfig()
@@ -347,91 +361,154 @@ def fit(
         )
     denoiser = scorer.backbone.denoiser
     base = fingerprint(scorer.backbone)
+    request = json.dumps(
+        [base, asdict(config), asdict(prompt), scorer.score.config.to_dict(), scorer.size, dataset_checksum(usable)]
+    )
+    keeper = None if checkpoint is None else Path(checkpoint)
     prompts.attach(denoiser, prompt, config.seed)
     try:
-        before = best = _validate(scorer, validation)
-        best_state: dict[str, Tensor] | None = None
-        curve = [{"step": 0, "accuracy": float(before.accuracy.mean()), "loss": float(before.loss.mean())}]
         learner = _Learner(scorer, usable, config)
-        stale = 0
-        with tqdm(total=config.steps, desc="learning", unit="step", disable=not progress) as bar:
-            for step in range(1, config.steps + 1):
-                loss = learner.step(step)
+        found = _load_checkpoint(keeper, request) if resume and keeper is not None and keeper.exists() else None
+        if found is None:
+            learner.watch(_validate(scorer, validation))
+        else:
+            learner.load_state_dict(found)
+        with tqdm(total=config.steps, initial=learner.done, desc="learning", unit="step", disable=not progress) as bar:
+            while learner.done < config.steps and learner.stale < config.patience:
+                learner.step()
                 bar.update()
-                if step % config.check_every and step != config.steps:
-                    continue
-                now = _validate(scorer, validation)
-                curve.append(
-                    {"step": step, "accuracy": float(now.accuracy.mean()), "loss": float(now.loss.mean()), "train": loss}
-                )
-                bar.set_postfix(accuracy=f"{now.accuracy.mean():.3f}")
-                if now.loss.mean() < best.loss.mean():
-                    best, best_state, stale = now, prompts.state(denoiser), 0
-                else:
-                    stale += 1
-                    if stale >= config.patience:
-                        break
-        # learned prompts must beat the zero-shot score by more than chance would give, or they are not worth having
-        gain = before.loss - best.loss
-        noise = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
-        kept = best_state is not None and gain.mean() > noise
-        if not kept:
-            best = before
+                if learner.done % config.check_every == 0 or learner.done == config.steps:
+                    learner.watch(_validate(scorer, validation))
+                    bar.set_postfix(accuracy=f"{learner.curve[-1]['accuracy']:.3f}")
+                    if keeper is not None:
+                        _save_checkpoint(keeper, request, learner.state_dict())
         prompts.detach(denoiser)
-        if kept and best_state is not None:
+        if learner.better:
             prompts.attach(denoiser, prompt)
-            prompts.load_state(denoiser, best_state)
+            prompts.load_state(denoiser, learner.best_prompts)
     except BaseException:
         prompts.detach(denoiser)
         raise
+    if keeper is not None:
+        keeper.unlink(missing_ok=True)
+    before, best = learner.before, learner.best if learner.better else learner.before
     _, low, high = bootstrap_interval(best.accuracy, config.seed)
     training = {
         "config": asdict(config),
         "examples": len(usable),
         "validation_examples": len(validation),
-        "kept": kept,
+        "kept": learner.better,
         "validation": {
             "before": float(before.accuracy.mean()),
             "after": float(best.accuracy.mean()),
             "low": low,
             "high": high,
         },
-        "curve": curve,
+        "curve": learner.curve,
     }
     return Adapter(
         base,
         scorer.score.config,
-        prompt if kept else None,
-        best_state if kept and best_state is not None else {},
+        prompt if learner.better else None,
+        learner.best_prompts if learner.better else {},
         scorer.size,
         training,
         best.scale,
     )
 
 
+def _save_checkpoint(path: Path, request: str, state: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    torch.save({"request": request, **state}, part)
+    os.replace(part, path)
+
+
+def _load_checkpoint(path: Path, request: str) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        same = state.pop("request") == request
+    except Exception as error:  # whatever the unpickler makes of it
+        raise OptionError(f"{path}: got a checkpoint that cannot be read ({type(error).__name__}); delete it") from None
+    if not same:
+        raise OptionError(
+            f"{path}: got a checkpoint of another request, expected the same examples, model and options; "
+            "delete it to start anew"
+        )
+    return state
+
+
 class _Learner:
-    """Optimizer steps over batches of examples."""
+    """Optimizer steps over batches of examples, and the best prompts so far.
+
+    All randomness is a function of the seed and the step, so that no random state needs to be kept.
+    """
 
     def __init__(self, scorer: Scorer, examples: Sequence[Example], config: FitConfig) -> None:
         self.scorer, self.config = scorer, config
         self.examples = list(examples)
         self.choices = [_choices(e) for e in self.examples]
         self.parameters = list(prompts.parameters(scorer.backbone.denoiser).values())
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.spread: float | None = None
         self.order: list[int] = []
+        self.done = 0
+        self.stale = 0
+        self.losses: list[float] = []
+        self.curve: list[dict[str, float]] = []
+        self.before: _Validation
+        self.best: _Validation
+        self.best_prompts: dict[str, Tensor] = {}
 
-    def step(self, step: int) -> float:
-        """One step on the next batch; returns its loss.
+    @property
+    def better(self) -> bool:
+        """Whether the best prompts beat the zero-shot score by more than chance would give."""
+        gain = self.before.loss - self.best.loss
+        error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.inf
+        return bool(self.best_prompts) and bool(gain.mean() > error)
+
+    def watch(self, now: _Validation) -> None:
+        """Takes note of how the validation examples fare at this step."""
+        point = {"step": self.done, "accuracy": float(now.accuracy.mean()), "loss": float(now.loss.mean())}
+        if self.losses:
+            point["train"] = float(np.mean(self.losses))
+        self.curve.append(point)
+        self.losses = []
+        if self.done == 0:
+            self.before = self.best = now
+        elif now.loss.mean() < self.best.loss.mean():
+            self.best, self.best_prompts, self.stale = now, prompts.state(self.scorer.backbone.denoiser), 0
+        else:
+            self.stale += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, in plain values and tensors."""
+        return {
+            "prompts": prompts.state(self.scorer.backbone.denoiser),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": [self.spread, self.order, self.done, self.stale, self.curve],
+            "before": self.before.plain(),
+            "best": self.best.plain(),
+            "best_prompts": self.best_prompts,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        prompts.load_state(self.scorer.backbone.denoiser, state["prompts"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.spread, self.order, self.done, self.stale, self.curve = state["progress"]
+        self.before, self.best = _Validation.of(state["before"]), _Validation.of(state["best"])
+        self.best_prompts = state["best_prompts"]
+
+    def step(self) -> None:
+        """One step on the next batch.
 
         Raises:
             ModelError: If the loss is not finite.
         """
         config = self.config
-        rng = random.Random(f"{config.seed}/{step}")
-        if len(self.order) < config.batch:
+        self.done += 1
+        rng = random.Random(f"{config.seed}/{self.done}")
+        while len(self.order) < config.batch:
             fresh = list(range(len(self.examples)))
             rng.shuffle(fresh)
             self.order += fresh
@@ -446,20 +523,20 @@ class _Learner:
         ]
         loss = torch.stack(losses).mean()
         if not torch.isfinite(loss):
-            worst = next((self.examples[i].id for s, i in zip(scores, batch, strict=True) if not s.isfinite().all()), "?")
+            broken = [self.examples[i].id for s, i in zip(scores, batch, strict=True) if not s.isfinite().all()]
             raise ModelError(
-                f"got a loss of {loss.item()} at step {step}, example {worst}; "
+                f"got a loss of {loss.item()} at step {self.done}, example {(broken or batch)[0]}; "
                 "lower the learning rate, or load the model in float32"
             )
         # cosine to zero after a short rise
-        warm = min(1.0, step / 10)
+        warm = min(1.0, self.done / 10)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
+            group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * (self.done - 1) / config.steps))
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
-        return float(loss.detach())
+        self.losses.append(float(loss.detach()))
 
     def _scores(self, batch: Sequence[int], rng: random.Random) -> list[Tensor]:
         """Scores of every pair of each example, under one noise and one timestep an example: (rows,) each."""

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dsd.errors import DsdError, OptionError
+from dsd.contracts import DsdError, OptionError
 
 if TYPE_CHECKING:
     from dsd.contracts import Example
@@ -84,11 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--resume", action="store_true", help="go on with a fit of the same request that was stopped")
     _model_options(fit, adapter=False)
 
-    evaluate = add("eval", _eval, "Measure a matcher on labelled examples, with 95 % intervals.")
+    evaluate = add("eval", _eval, "Measure a matcher on labelled examples, with 95 %% intervals.")
     evaluate.add_argument(
-        "manifest", metavar="MANIFEST|TASK", help=f"JSONL or CSV of examples, or a task of the world: {', '.join(WORLD_TASKS)}"
+        "manifest",
+        metavar="MANIFEST|TASK",
+        help=f"JSONL or CSV of examples, or a task of the world: {', '.join(WORLD_TASKS)}",
     )
-    evaluate.add_argument("--data", metavar="DIR", help="folder that image paths are relative to; default: the manifest's")
+    evaluate.add_argument(
+        "--data", metavar="DIR", help="folder that image paths are relative to; default: the manifest's"
+    )
     evaluate.add_argument("--out", metavar="FILE", help="also save the whole result, scores included, as JSON")
     _world_options(evaluate)
     _model_options(evaluate)
@@ -107,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = add("demo", _demo, "The main job on the embedded model, start to end: score, teach, see.", form=False)
     demo.add_argument("--out", default="demo", metavar="DIR", help="default: %(default)s")
-    demo.add_argument("--shots", type=int, default=128, metavar="N", help="examples to learn from (default: %(default)s)")
+    demo.add_argument(
+        "--shots", type=int, default=128, metavar="N", help="examples to learn from (default: %(default)s)"
+    )
     demo.add_argument("--held-out", type=int, default=200, metavar="N", help="examples a task (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)
     return parser
@@ -117,7 +123,9 @@ def _model_options(command: argparse.ArgumentParser, adapter: bool = True) -> No
     group = command.add_argument_group("model and score")
     group.add_argument("--model", metavar="M", help="alias, hub name or folder (default: the adapter's base, or tiny)")
     if adapter:
-        group.add_argument("--adapter", metavar="DIR", help="what was learned: a folder of ours or of the authors' format")
+        group.add_argument(
+            "--adapter", metavar="DIR", help="what was learned: a folder of ours or of the authors' format"
+        )
     group.add_argument("--score", choices=SCORE_KINDS, help="default: the adapter's, or denoising")
     steps = group.add_mutually_exclusive_group()
     steps.add_argument("--timesteps", type=_integers, metavar="T,T,...", help="timesteps, such as 189,389")
@@ -161,14 +169,18 @@ def _matcher(a: argparse.Namespace) -> Matcher:
         try:
             noise = np.load(a.noise, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise OptionError(f"{a.noise}: got a file that cannot be read ({error}), expected an array saved by numpy.save") from None
+            raise OptionError(
+                f"{a.noise}: got a file that cannot be read ({error}), expected an array saved by numpy.save"
+            ) from None
         if not isinstance(noise, np.ndarray):
             raise OptionError(f"{a.noise}: got an archive, expected one array saved by numpy.save")
     if a.device is not None:
         try:
             torch.zeros(1, device=a.device)
         except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise OptionError(f"got device {a.device!r} ({str(error).splitlines()[0]}), expected one that is there, such as cpu") from None
+            raise OptionError(
+                f"got device {a.device!r} ({str(error).splitlines()[0]}), expected one that is there, such as cpu"
+            ) from None
     return Matcher.from_pretrained(
         a.model,
         adapter=getattr(a, "adapter", None),
@@ -187,7 +199,8 @@ def _matcher(a: argparse.Namespace) -> Matcher:
 def _score(a: argparse.Namespace) -> None:
     table = _matcher(a).score(a.images, a.text, progress=_watched())
     if a.format == "json":
-        return _print_json(table.to_dict())
+        _print_json(table.to_dict())
+        return
     rows = [
         {"image": name, "score": f"{score:.4f}", "text": text}
         for name, line in zip(table.images, table.scores, strict=True)
@@ -198,7 +211,9 @@ def _score(a: argparse.Namespace) -> None:
 
 def _rank(a: argparse.Namespace) -> None:
     if len(a.images) > 1 and len(a.text) > 1:
-        raise OptionError(f"got {len(a.images)} images and {len(a.text)} texts, expected one of either; use dsd score for all pairs")
+        raise OptionError(
+            f"got {len(a.images)} images and {len(a.text)} texts, expected one of either; use dsd score for all pairs"
+        )
     matcher = _matcher(a)
     table = matcher.score(a.images, a.text, progress=_watched())
     what = "image" if len(a.images) > 1 else "text"
@@ -207,7 +222,8 @@ def _rank(a: argparse.Namespace) -> None:
     order = sorted(range(len(flat)), key=lambda i: -flat[i])
     ranked = [{"rank": k + 1, "index": i, what: names[i], "score": float(flat[i])} for k, i in enumerate(order)]
     if a.format == "json":
-        return _print_json({"ranking": ranked, **table.config})
+        _print_json({"ranking": ranked, **table.config})
+        return
     _print_table([{**r, "score": f"{r['score']:.4f}"} for r in ranked], ("rank", "score", what))
 
 
@@ -227,17 +243,22 @@ def _fit(a: argparse.Namespace) -> None:
         config=config,
         prompt=PromptConfig(rank=a.rank),
         progress=_watched(),
-        checkpoint=a.out,
+        checkpoint=f"{a.out.rstrip('/')}.checkpoint",
         resume=a.resume,
     )
     out = matcher.save_pretrained(a.out)
     assert matcher.adapter is not None
     training = matcher.adapter.training
     if a.format == "json":
-        return _print_json({"adapter": str(out), **training})
+        _print_json({"adapter": str(out), **training})
+        return
     before, after = training["validation"]["before"], training["validation"]["after"]
-    print(f"{out}: learned from {training['examples']} examples; on {training['validation_examples']} held out of learning:")
-    _print_table([{"": "zero-shot", "accuracy": f"{before:.3f}"}, {"": "learned", "accuracy": f"{after:.3f}"}], ("", "accuracy"))
+    print(
+        f"{out}: learned from {training['examples']} examples; on {training['validation_examples']} held out of learning:"
+    )
+    _print_table(
+        [{"": "zero-shot", "accuracy": f"{before:.3f}"}, {"": "learned", "accuracy": f"{after:.3f}"}], ("", "accuracy")
+    )
     if not training["kept"]:
         print("Learning was not clearly better than the zero-shot score there, so the zero-shot score was kept.")
 
@@ -252,7 +273,8 @@ def _eval(a: argparse.Namespace) -> None:
     if a.format == "json":
         values = result.to_dict()
         values.pop("examples")
-        return _print_json(values)
+        _print_json(values)
+        return
     rows = [{"metric": name, "value [95 %]": format_interval(m), "n": m["n"]} for name, m in result.metrics.items()]
     rows += [
         {"metric": f"accuracy, {tag}", "value [95 %]": format_interval(m["accuracy"]), "n": m["accuracy"]["n"]}
@@ -266,7 +288,9 @@ def _examples(a: argparse.Namespace) -> list[Example]:
 
     if a.manifest in WORLD_TASKS and not os.path.exists(a.manifest):
         if a.data is not None:
-            raise OptionError(f"got --data with the world's {a.manifest}, expected a manifest; the world draws its own images")
+            raise OptionError(
+                f"got --data with the world's {a.manifest}, expected a manifest; the world draws its own images"
+            )
         return world_task(a.manifest, a.split, a.level, a.count, a.seed or 0, a.novel)
     return read_manifest(a.manifest, root=a.data)
 

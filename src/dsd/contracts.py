@@ -1,6 +1,6 @@
 """What the parts of the library promise each other: examples, score tables, the matcher protocol, errors.
 
-Imports nothing heavier than NumPy, so that tasks, metrics and evaluation work with any matcher.
+Imports nothing outside the standard library, so that tasks, metrics and evaluation work with any matcher.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from PIL.Image import Image
 
     ImageInput = str | PathLike[str] | Image | np.ndarray

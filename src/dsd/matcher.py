@@ -1,10 +1,10 @@
 """The facade: a text-to-image model as an image-text matcher.
 
-    import dsd
+import dsd
 
-    matcher = dsd.Matcher.from_pretrained("tiny")
-    table = matcher.score(["scene.png"], ["a red circle above a blue square", "a blue square above a red circle"])
-    table.scores  # (1, 2), higher is better
+matcher = dsd.Matcher.from_pretrained("tiny")
+table = matcher.score(["scene.png"], ["a red circle above a blue square", "a blue square above a red circle"])
+table.scores  # (1, 2), higher is better
 """
 
 from __future__ import annotations
@@ -197,12 +197,23 @@ class Matcher:
         *,
         config: FitConfig | None = None,
         prompt: PromptConfig | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        resume: bool = False,
         progress: bool = False,
     ) -> Self:
         """Teaches the matcher from labelled examples; see :func:`dsd.adapt.fit`. An earlier lesson is forgotten."""
         prompts.detach(self.backbone.denoiser)
         self.adapter = None
-        self.adapter = fit(self._scorer, examples, validation, config=config, prompt=prompt, progress=progress)
+        self.adapter = fit(
+            self._scorer,
+            examples,
+            validation,
+            config=config,
+            prompt=prompt,
+            checkpoint=checkpoint,
+            resume=resume,
+            progress=progress,
+        )
         self._scorer.use(self.adapter.score)
         return self
 

@@ -68,7 +68,9 @@ def select_layers(denoiser: nn.Module, patterns: Sequence[str] | None = None) ->
     for pattern in patterns:
         hits = {n for n in names if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(n, pattern + ".*")}
         if not hits:
-            raise OptionError(f"got layer {pattern!r}, expected a cross-attention layer or a part of one: {', '.join(names)}")
+            raise OptionError(
+                f"got layer {pattern!r}, expected a cross-attention layer or a part of one: {', '.join(names)}"
+            )
         chosen |= hits
     return tuple(n for n in names if n in chosen)
 
@@ -79,10 +81,14 @@ def paper_layers(denoiser: nn.Module) -> tuple[str, ...]:
     Of the last down block, the mid block and the last up block with cross-attention: every attention module, in each
     its last transformer block.
     """
-    pattern = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\.")
+    pattern = re.compile(
+        r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.attentions\.(\d+)\.transformer_blocks\.(\d+)\."
+    )
     parsed = {n: m.groups(default="0") for n in cross_attention_layers(denoiser) if (m := pattern.match(n))}
     if not parsed:
-        raise ModelError("got a denoiser without down, mid and up blocks, which the paper's score is defined on; use attention")
+        raise ModelError(
+            "got a denoiser without down, mid and up blocks, which the paper's score is defined on; use attention"
+        )
     last_block: dict[str, int] = {}
     last_transformer: dict[tuple[str, str, str], int] = {}
     for side, block, module, transformer in parsed.values():
@@ -138,7 +144,9 @@ class Probe:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._release()
 
     def _release(self) -> None:

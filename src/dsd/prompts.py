@@ -130,8 +130,8 @@ def load_state(denoiser: nn.Module, values: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(own.keys() - values.keys()), sorted(values.keys() - own.keys())
     if missing or extra:
         raise AdapterError(
-            f"got an adapter with {len(extra)} tensors that this model has no place for and without {len(missing)} that "
-            f"it needs (such as {(missing + extra)[0]}); load it onto the base model that it was made for"
+            f"got an adapter with {len(extra)} tensors that this model has no place for and without {len(missing)} "
+            f"that it needs (such as {(missing + extra)[0]}); load it onto the base model that it was made for"
         )
     for name, parameter in own.items():
         if parameter.shape != values[name].shape:
@@ -171,13 +171,17 @@ def read_authors(path: Path) -> tuple[PromptConfig, dict[str, Tensor]]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the unpickler makes of it
-        raise AdapterError(f"{path}: got a file that torch cannot load safely ({type(error).__name__}), expected tensors") from None
+        raise AdapterError(
+            f"{path}: got a file that torch cannot load safely ({type(error).__name__}), expected tensors"
+        ) from None
     values: dict[str, Tensor] = {}
     ranks = set()
     for name, tensor in found.items() if isinstance(found, dict) else ():
         match = _AUTHORS.fullmatch(str(name))
         if match is None or not isinstance(tensor, Tensor) or tensor.ndim != 2:
-            raise AdapterError(f"{path}: got {name!r}, expected low-rank attention weights named *.to_q_lora.down.weight and so on")
+            raise AdapterError(
+                f"{path}: got {name!r}, expected low-rank attention weights named *.to_q_lora.down.weight and so on"
+            )
         layer, projection, side = match.groups()
         projection = "to_out.0" if projection == "to_out" else projection
         values[f"{layer}.{projection}.lora_{'A' if side == 'down' else 'B'}.weight"] = tensor.float()

@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from dsd.contracts import Example, ImageInput, OptionError, Ranked
 from dsd.evaluate import Metric, write_text
@@ -320,3 +321,38 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(s * size for s in (0.2, 0.25, 0.5, 1.0, 2.0) if (high - low) / (s * size) <= 4)
     start, end = math.floor(low / step), math.ceil(high / step)
     return [round(k * step, 12) for k in range(start, end + 1)]
+
+
+def word_sheet(path: str | PathLike[str], image: ImageInput, words: Sequence[tuple[str, np.ndarray]]) -> None:
+    """Draws a picture and its word-by-region maps side by side, each with its word below, as a PNG.
+
+    Args:
+        path: Where to; folders are made as needed.
+        image: The picture.
+        words: Words and their (h, w) float maps, higher is more.
+
+    Raises:
+        OptionError: The file cannot be written.
+    """
+    side, margin, line = 192, 12, 26
+    picture = load_image(image)
+    grown = picture.resize((side, side), Image.Resampling.NEAREST if picture.width < side else Image.Resampling.BICUBIC)
+    tiles = [("", grown), *((word, overlay(grown, heat)) for word, heat in words)]
+    columns = min(len(tiles), 6)
+    rows = -(-len(tiles) // columns)
+    sheet = Image.new(
+        "RGB", (columns * (side + margin) + margin, rows * (side + margin + line) + margin), (255, 255, 255)
+    )
+    draw = ImageDraw.Draw(sheet)
+    for i, (word, tile) in enumerate(tiles):
+        x, y = margin + i % columns * (side + margin), margin + i // columns * (side + margin + line)
+        sheet.paste(tile, (x, y))
+        draw.text((x + side / 2, y + side + 5), word, fill=(20, 20, 20), anchor="mt", font_size=17)
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.part")
+        sheet.save(part, "PNG")
+        part.replace(target)
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be written ({error.strerror}), expected a path to a new PNG") from None

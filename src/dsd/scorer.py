@@ -208,9 +208,7 @@ class Scorer:
                 step = torch.tensor([s for _, s in part], device=latents.device)
                 z = latents[[image_of[i] for i in index]]
                 text = TextStates.join([texts[i] for i in index])
-                made = noised_pass(
-                    self.backbone, z, self.noise[step], timesteps[step], text, self.score.layers
-                )
+                made = noised_pass(self.backbone, z, self.noise[step], timesteps[step], text, self.score.layers)
                 other = None if empty is None else empty.rows([image_of[i] * count + s for i, s in part])
                 for kind, values in self.score.parts(made, other).items():
                     sums[kind].index_add_(0, torch.tensor(index), values.double().cpu())

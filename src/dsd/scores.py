@@ -156,7 +156,9 @@ class ScoreConfig:
         if self.kind not in (*SCORES, MIXTURE):
             raise OptionError(f"got score {self.kind!r}, expected one of {', '.join((*SCORES, MIXTURE))}")
         if (self.kind == MIXTURE) != bool(self.weights):
-            raise OptionError(f"got score {self.kind!r} with weights {self.weights}, expected weights for mixture alone")
+            raise OptionError(
+                f"got score {self.kind!r} with weights {self.weights}, expected weights for mixture alone"
+            )
         if any(name not in SCORES for name in self.weights or ()):
             raise OptionError(f"got weights for {list(self.weights or ())}, expected some of {', '.join(SCORES)}")
         if not self.timesteps:
@@ -194,7 +196,9 @@ class Score:
     def __init__(self, backbone: Backbone, config: ScoreConfig) -> None:
         outside = [t for t in config.timesteps if not 0 <= t < backbone.num_train_timesteps]
         if outside:
-            raise OptionError(f"got timesteps {outside}, expected integers from 0 to {backbone.num_train_timesteps - 1}")
+            raise OptionError(
+                f"got timesteps {outside}, expected integers from 0 to {backbone.num_train_timesteps - 1}"
+            )
         self.config = config
         self.terms = dict(config.weights or {config.kind: 1.0})
         self.needs_empty = any(SCORES[kind].empty for kind in self.terms)
@@ -203,7 +207,9 @@ class Score:
             if SCORES[kind].attention:
                 chosen = config.layers
                 self._layers[kind] = (
-                    SCORES[kind].layers(backbone.denoiser) if chosen is None else select_layers(backbone.denoiser, chosen)
+                    SCORES[kind].layers(backbone.denoiser)
+                    if chosen is None
+                    else select_layers(backbone.denoiser, chosen)
                 )
         self.layers = tuple(dict.fromkeys(name for names in self._layers.values() for name in names))
         """All layers to probe in a pass."""

@@ -64,7 +64,9 @@ def load_backbone(
     except ModelError:
         raise
     except torch.OutOfMemoryError as error:
-        raise ModelError(f"{model}: {device} has too little memory for it; try a smaller dtype or device='cpu'") from error
+        raise ModelError(
+            f"{model}: {device} has too little memory for it; try a smaller dtype or device='cpu'"
+        ) from error
     except Exception as error:  # diffusers, transformers and the hub raise a dozen kinds
         advice = (
             "the folder's files do not fit together; export the pipeline again with save_pretrained"

@@ -86,7 +86,9 @@ class StableDiffusionBackbone(Backbone):
                 position[piece.start : piece.stop] = k * window + 1 + np.arange(len(piece))
             own[position] = True
             spelling = _spelling(self.tokenizer, text, ids, words)
-            tokens = tuple(tuple(int(position[i]) for i in range(len(ids)) if words[i] == w) for w in range(len(spelling)))
+            tokens = tuple(
+                tuple(int(position[i]) for i in range(len(ids)) if words[i] == w) for w in range(len(spelling))
+            )
             found.append(
                 TextStates(states.flatten(0, 1)[None], own[None].to(self.device), (CaptionWords(spelling, tokens),))
             )

@@ -167,17 +167,17 @@ def tellable(pair: Iterable[Thing | Phrase], relation: str | None) -> bool:
     return (a.colour, a.shape) != (b.colour, b.shape)
 
 
-def _exchange_places(pair: Pair) -> Pair | None:
-    a, b = pair
-    a, b = replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)
+def _exchange(pair: Pair, *names: str) -> Pair | None:
+    """The pair with attributes exchanged; None if one then stands out of the picture."""
+    a, b = (replace(t, **{n: getattr(o, n) for n in names}) for t, o in (pair, pair[::-1]))
     fit = all(t.radius <= p <= 1 - t.radius for t in (a, b) for p in (t.x, t.y))
     return (a, b) if fit else None
 
 
 def phrase(rng: random.Random, thing: Thing, level: Level, *named: str) -> Phrase:
     """A phrase true of a thing, with the attributes named and, above easy, others now and then."""
-    phrase = describe(rng, thing, world.KNOWN, 0.0 if level == "easy" else 0.3)
-    return replace(phrase, **{name: getattr(thing, name) for name in named})
+    described = describe(rng, thing, world.KNOWN, 0.0 if level == "easy" else 0.3)
+    return replace(described, **{name: getattr(thing, name) for name in named})
 
 
 # Twins
@@ -225,10 +225,10 @@ def changed(
         pair = two(rng, *before)
         value = rng.choice([v for v in VALUES[attribute] if v != getattr(pair[side], attribute)])
         radius = world.resize(pair[side], "small", rng).radius
-        changed = change(pair, value, radius)
-        if not (tellable(pair, relation) and tellable(changed, relation)):
+        after = change(pair, value, radius)
+        if not (tellable(pair, relation) and tellable(after, relation)):
             return None
-        extras = distractors(rng, split, level, world.ALL if novel else world.KNOWN, pair, changed)
+        extras = distractors(rng, split, level, world.ALL if novel else world.KNOWN, pair, after)
         if extras is None:
             return None
         first = world.place_pair(rng, *pair, relation)
@@ -245,11 +245,11 @@ def changed(
 
 
 def moved(
-    rng: random.Random, split: Split, level: Level, relation: str, reverse: bool = False, definite: bool = False
+    rng: random.Random, split: Split, level: Level, relation: str, reverse: bool = False, unique: bool = False
 ) -> Maker:
     """Twins of which two things stand in another relation.
 
-    With ``reverse`` it is the same the other way round; ``definite``: each phrase fits only one thing.
+    With ``reverse`` it is the same the other way round; ``unique``: each phrase fits only one thing.
     """
 
     def make() -> Twins | None:
@@ -260,7 +260,7 @@ def moved(
         first = world.place_pair(rng, *pair, relation)
         other = OPPOSITES.get(relation) or rng.choice(list(OPPOSITES))
         if relation in OPPOSITES:
-            second = _exchange_places(first)
+            second = _exchange(first, "x", "y")
         elif reverse:
             second = world.place_pair(rng, *first[::-1], relation)[::-1]
         else:
@@ -272,7 +272,7 @@ def moved(
         if scenes is None:
             return None
         a, b = (phrase(rng, t, level) for t in first)
-        if definite and any(sum(map(p.matches, scenes[0].things)) != 1 for p in (a, b)):
+        if unique and any(sum(map(p.matches, scenes[0].things)) != 1 for p in (a, b)):
             return None
         claims = Claim(a, relation, b), Claim(b, relation, a) if reverse else Claim(a, other, b)
         return Twins((scenes[0], scenes[1]), claims)
@@ -285,23 +285,20 @@ def swapped(rng: random.Random, split: Split, level: Level, attribute: str, nove
     names = (attribute, "radius") if attribute == "size" else (attribute,)
     before: dict[str, str] = {"size": "large"} if novel else {}
 
-    def swap(pair: Pair) -> Pair:
-        a, b = pair
-        c, d = (replace(t, **{n: getattr(o, n) for n in names}) for t, o in ((a, b), (b, a)))
-        return c, d
-
     def make() -> Twins | None:
         pair = two(rng, before | {"fill": world.NOVEL_FILL} if novel else before, before)
         if getattr(pair[0], attribute) == getattr(pair[1], attribute):
             return None
-        if not (tellable(pair, None) and tellable(swap(pair), None)):
+        after = _exchange(pair, *names)
+        if after is None or not (tellable(pair, None) and tellable(after, None)):
             return None
-        extras = distractors(rng, split, level, world.ALL if novel else world.KNOWN, pair, swap(pair))
+        extras = distractors(rng, split, level, world.ALL if novel else world.KNOWN, pair, after)
         if extras is None:
             return None
         first = world.place_pair(rng, *pair, rng.choice(list(OPPOSITES)))
-        scenes = stage(rng, level, extras, first, swap(first))
-        if scenes is None:
+        second = _exchange(first, *names)
+        scenes = second and stage(rng, level, extras, first, second)
+        if not scenes:
             return None
         p, q = (phrase(rng, t, level, attribute) for t in first)
         r, s = (replace(x, **{attribute: getattr(y, attribute)}) for x, y in ((p, q), (q, p)))

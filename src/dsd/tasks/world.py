@@ -232,7 +232,7 @@ def _refcocog(rng: random.Random, split: Split, level: Level, novelty: Novelty |
 def _vqa_binary(rng: random.Random, split: Split, level: Level, novelty: Novelty | None, i: int) -> Drawn:
     if novelty == "novel-relation" or (novelty is None and i % 4 < 2):
         relation = world.NOVEL_RELATION if novelty else rng.choice(world.KNOWN_RELATIONS)
-        make = twins.moved(rng, split, level, relation, definite=True)
+        make = twins.moved(rng, split, level, relation, unique=True)
     else:
         attribute = "fill" if novelty else rng.choice(("colour", "shape") if level == "easy" else tuple(VALUES))
         placing = rng.choice(list(OPPOSITES))

@@ -123,14 +123,10 @@ def sample_claim(rng: random.Random, scene: Scene, vocabulary: world.Vocabulary 
         places = [p for p in world.PLACES if placed(a, p)]
         place = places[0] if places and rng.random() < 0.75 else None
         return Claim(subject, place=place, background=background)
-    pairs = [
-        (a, r, b) for a in things for b in things for r in vocabulary.relations if a is not b and related(a, r, b)
-    ]
+    pairs = [(a, r, b) for a in things for b in things for r in vocabulary.relations if a is not b and related(a, r, b)]
     if pairs and rng.random() < 0.85:
         a, relation, b = rng.choice(pairs)
-        return Claim(
-            describe(rng, a, vocabulary), relation, describe(rng, b, vocabulary), background=background
-        )
+        return Claim(describe(rng, a, vocabulary), relation, describe(rng, b, vocabulary), background=background)
     b = rng.choice([t for t in things if t is not a])
     return Claim(subject, object=describe(rng, b, vocabulary), background=background)
 
@@ -205,6 +201,8 @@ def vocabulary_words() -> list[str]:
     words |= {*NUMBERS, *world.BACKGROUNDS}
     for group in (_RELATION_WORDS, _PLACE_WORDS):
         words |= {w for phrases in group.values() for phrase in phrases for w in phrase.split()}
-    words |= set("a an the and is are there picture of on background from filled what where how many size colour".split())
+    words |= set(
+        "a an the and is are there picture of on background from filled what where how many size colour".split()
+    )
     words |= {"yes", "?"}
     return sorted(words)

@@ -231,7 +231,9 @@ def scatter(rng: random.Random, things: Iterable[Thing], fixed: tuple[Thing, ...
     return tuple(done[len(fixed) :])
 
 
-def sample_scene(rng: random.Random, part: Part, level: Level, vocabulary: Vocabulary = KNOWN, things: int = 0) -> Scene:
+def sample_scene(
+    rng: random.Random, part: Part, level: Level, vocabulary: Vocabulary = KNOWN, things: int = 0
+) -> Scene:
     """A scene of a part and level; ``things`` fixes how many (0: as the level has it, two or more if above easy).
 
     ``easy`` has one or two things, ``standard`` three to five with distractors that share a colour or a shape, or
@@ -301,9 +303,9 @@ def _outline(shape: str) -> np.ndarray:
             points = np.array([[0, -1.05], [0.7, 0], [0, 1.05], [-0.7, 0]])
         case "cross":
             a, b = 0.34, 1.0
-            points = np.array(
-                [[-a, -b], [a, -b], [a, -a], [b, -a], [b, a], [a, a], [a, b], [-a, b], [-a, a], [-b, a], [-b, -a], [-a, -a]]
-            )
+            arm = np.array([[-a, -b], [a, -b], [a, -a]])
+            quarter = np.array([[0, 1], [-1, 0]])
+            points = np.concatenate([arm @ np.linalg.matrix_power(quarter, k) for k in range(4)])
         case "star":
             spikes = -np.pi / 2 + np.arange(10) * np.pi / 5
             points = np.stack([np.cos(spikes), np.sin(spikes)], 1) * np.where(np.arange(10) % 2, 0.45, 1.08)[:, None]
