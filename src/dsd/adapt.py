@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from dsd import prompts
 from dsd.backbone import Backbone, TextStates
-from dsd.contracts import AdapterError, Example, ModelError, OptionError
+from dsd.contracts import AdapterError, Example, ModelError, OptionError, Pair
 from dsd.evaluate import dataset_checksum
 from dsd.metrics import bootstrap_interval, wins
 from dsd.prompts import PromptConfig
@@ -150,12 +150,10 @@ class Adapter:
             if values.get("format") != _FORMAT:
                 raise AdapterError(f"{path}: got format {values.get('format')!r}, expected {_FORMAT!r}")
             where = values["prompts"]
-            if where is not None:
-                where = PromptConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in where.items()})
             return cls(
                 values["base"],
                 ScoreConfig.from_dict(values["score"]),
-                where,
+                None if where is None else PromptConfig.from_dict(where),
                 load_file(path / _WEIGHTS),
                 values["size"],
                 values["training"],
@@ -540,30 +538,28 @@ class _Learner:
 
     def _scores(self, batch: Sequence[int], rng: random.Random) -> list[Tensor]:
         """Scores of every pair of each example, under one noise and one timestep an example: (rows,) each."""
-        scorer = self.scorer
-        backbone, score = scorer.backbone, scorer.score
-        images, texts, timesteps, noises, sizes = [], [], [], [], []
+        backbone, score = self.scorer.backbone, self.scorer.score
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
-        top = backbone.num_train_timesteps - 1
+        pairs: list[Pair] = []
+        times: list[int] = []
+        draws: list[Tensor] = []
+        sizes: list[int] = []
         for i in batch:
-            example = self.examples[i]
+            own = self.examples[i].pairs
             t = rng.choice(score.config.timesteps) + rng.randint(-self.config.jitter, self.config.jitter)
-            noise = torch.randn(scorer.noise.shape[1:], generator=generator).to(backbone.device)
-            for image, text in example.pairs:
-                images.append(image)
-                texts.append(text)
-                timesteps.append(min(max(t, 0), top))
-                noises.append(noise)
-            sizes.append(len(example.pairs))
-        latents = scorer.latents(images)
-        states = scorer.texts(texts)
-        noise, t = torch.stack(noises), torch.tensor(timesteps, device=backbone.device)
+            times += [min(max(t, 0), backbone.num_train_timesteps - 1)] * len(own)
+            draws += [torch.randn(self.scorer.noise.shape[1:], generator=generator)] * len(own)
+            pairs += own
+            sizes.append(len(own))
+        latents = self.scorer.latents([image for image, _ in pairs])
+        states = self.scorer.texts([text for _, text in pairs])
+        noise = torch.stack(draws).to(backbone.device)
+        timesteps = torch.tensor(times, device=backbone.device)
         empty: Pass | None = None
         if score.needs_empty:
-            (blank,) = scorer.texts([""])
-            text = blank.select([0] * len(texts))
-            empty = noised_pass(backbone, latents, noise, t, text, score.empty_layers)
-        out = torch.empty(len(texts), device=backbone.device)
+            (blank,) = backbone.encode_texts([""])
+            empty = noised_pass(backbone, latents, noise, timesteps, blank.select([0] * len(pairs)), score.empty_layers)
+        # a pass takes captions of one length only, so that nothing is padded for another's sake
         lengths: dict[int, list[int]] = {}
         for row, state in enumerate(states):
             lengths.setdefault(state.states.shape[1], []).append(row)
@@ -571,8 +567,8 @@ class _Learner:
         order: list[int] = []
         for rows in lengths.values():
             text = TextStates.join([states[r] for r in rows])
-            made = noised_pass(backbone, latents[rows], noise[rows], t[rows], text, score.layers)
+            made = noised_pass(backbone, latents[rows], noise[rows], timesteps[rows], text, score.layers)
             found.append(score(made, None if empty is None else empty.rows(rows)))
             order += rows
-        out = out.index_put((torch.tensor(order, device=out.device),), torch.cat(found))
-        return list(out.split(sizes))
+        back = torch.tensor(order, device=backbone.device).argsort()
+        return list(torch.cat(found)[back].split(sizes))

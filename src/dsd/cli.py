@@ -254,7 +254,7 @@ def _fit(a: argparse.Namespace) -> None:
         return
     before, after = training["validation"]["before"], training["validation"]["after"]
     print(
-        f"{out}: learned from {training['examples']} examples; on {training['validation_examples']} held out of learning:"
+        f"{out}: learned from {training['examples']} examples; on {training['validation_examples']} others:"
     )
     _print_table(
         [{"": "zero-shot", "accuracy": f"{before:.3f}"}, {"": "learned", "accuracy": f"{after:.3f}"}], ("", "accuracy")

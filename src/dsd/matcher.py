@@ -142,7 +142,9 @@ class Matcher:
         """
         return self._scorer.predict(pairs, progress=progress)
 
-    def score(self, images: Sequence[ImageInput], texts: Sequence[str], *, progress: bool = False) -> ScoreTable:
+    def score(
+        self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str], *, progress: bool = False
+    ) -> ScoreTable:
         """Scores every image against every caption; one image or one caption may be given by itself.
 
         Args:
@@ -152,7 +154,7 @@ class Matcher:
         Raises:
             ImageError, TextError: If an image or caption cannot be scored.
         """
-        pictures: Sequence[ImageInput] = images if isinstance(images, list | tuple) else [images]
+        pictures: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         captions = [texts] if isinstance(texts, str) else list(texts)
         if not pictures or not captions:
             raise OptionError(f"got {len(pictures)} images and {len(captions)} texts, expected at least one of each")
@@ -176,7 +178,7 @@ class Matcher:
         order = np.argsort(-scores, kind="stable")
         return [Ranked(int(i), names[i], float(scores[i])) for i in order]
 
-    def probability(self, images: Sequence[ImageInput], texts: Sequence[str]) -> np.ndarray:
+    def probability(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> np.ndarray:
         """How probable each caption is among those given, for each image: (n_images, n_texts), rows sum to one.
 
         Raises:
@@ -186,7 +188,8 @@ class Matcher:
             raise AdapterError("got a matcher without calibration, expected an adapter that was fitted; use fit first")
         logits = self.adapter.scale * self.score(images, texts).scores.astype(np.float64)
         odds = np.exp(logits - logits.max(1, keepdims=True))
-        return odds / odds.sum(1, keepdims=True)
+        shares: np.ndarray = odds / odds.sum(1, keepdims=True)
+        return shares
 
     # Learning
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -55,6 +55,12 @@ class PromptConfig:
         if self.layers is not None and self.attention != "cross":
             raise OptionError(f"got layers with attention {self.attention!r}, expected them with attention 'cross'")
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PromptConfig:
+        """From plain values, as they come from JSON."""
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**known)
+
 
 def targets(denoiser: nn.Module, config: PromptConfig) -> list[str]:
     """Names of the linear maps that the prompts change."""
@@ -78,7 +84,7 @@ def attach(denoiser: nn.Module, config: PromptConfig, seed: int = 0) -> None:
     if any(_layers(denoiser)):
         raise AdapterError("got a model that already carries prompts, expected a bare one; load the model anew")
     names = targets(denoiser, config)
-    lora = LoraConfig(r=config.rank, lora_alpha=round(config.rank * config.scale, 6), target_modules=names)  # type: ignore[arg-type]
+    lora = LoraConfig(r=config.rank, lora_alpha=round(config.rank * config.scale, 6), target_modules=names)
     inject_adapter_in_model(lora, denoiser, adapter_name=_ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

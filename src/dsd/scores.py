@@ -86,7 +86,8 @@ def attention_mass(caption: Pass, empty: Pass | None = None) -> Float[Tensor, " 
 
 
 def _error(made: Pass) -> Float[Tensor, " n"]:
-    return (made.noise - made.predicted).float().flatten(1).norm(dim=1)
+    length: Tensor = torch.linalg.vector_norm((made.noise - made.predicted).float().flatten(1), dim=1)
+    return length
 
 
 def denoising(caption: Pass, empty: Pass | None) -> Float[Tensor, " n"]:

@@ -43,15 +43,17 @@ class StableDiffusionBackbone(Backbone):
         self.num_train_timesteps = int(config.num_train_timesteps)
         self._alphas = scheduler.alphas_cumprod.float().to(self.device)
         self._factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.image_size = int(self.denoiser.config.sample_size) * self._factor
+        self.image_size = int(unet.config.sample_size) * self._factor
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        device: torch.device = next(self.denoiser.parameters()).device
+        return device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.denoiser.parameters()).dtype
+        dtype: torch.dtype = next(self.denoiser.parameters()).dtype
+        return dtype
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         side = -(-size // self._factor)
@@ -67,7 +69,8 @@ class StableDiffusionBackbone(Backbone):
         pixels = pixels.to(self.vae.dtype) / 127.5 - 1  # uint8 => -1..1
         posterior = self.vae.encode(pixels).latent_dist  # pixels => latents
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (posterior.mode().float() - shift) * self.vae.config.scaling_factor
+        latents: Tensor = (posterior.mode().float() - shift) * self.vae.config.scaling_factor
+        return latents
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
@@ -105,17 +108,22 @@ class StableDiffusionBackbone(Backbone):
         return ids, words
 
     def add_noise(self, latents: Latents, noise: Latents, timesteps: Int[Tensor, " n"]) -> Latents:
-        a = self._alphas[timesteps][:, None, None, None]
+        a = self._alphas_at(timesteps)
         return a.sqrt() * latents + (1 - a).sqrt() * noise
 
     def predict_noise(self, noised: Latents, timesteps: Int[Tensor, " n"], text: TextStates) -> Latents:
-        out = self.denoiser(noised.to(self.dtype), timesteps, text.states.to(self.dtype)).sample.float()
+        out: Tensor = self.denoiser(noised.to(self.dtype), timesteps, text.states.to(self.dtype)).sample.float()
         if self.prediction_type == "epsilon":
             return out
-        a = self._alphas[timesteps][:, None, None, None]
+        a = self._alphas_at(timesteps)
         if self.prediction_type == "v_prediction":  # v = sqrt(abar) e - sqrt(1 - abar) z0 (Salimans & Ho 2022)
             return a.sqrt() * out + (1 - a).sqrt() * noised
         return (noised - a.sqrt() * out) / (1 - a).sqrt()
+
+    def _alphas_at(self, timesteps: Tensor) -> Tensor:
+        """The share of signal left at each timestep (abar), to multiply latents with."""
+        alphas: Tensor = self._alphas[timesteps]
+        return alphas[:, None, None, None]
 
 
 def _windows(words: Sequence[int], size: int) -> list[range]:

@@ -442,13 +442,16 @@ def _save(where: _Where, image: ImageInput, root: Path, stem: str) -> str:
 def _png(where: _Where, image: ImageInput) -> bytes:
     if isinstance(image, np.ndarray):
         _check_array(where, image)
-        image = Image.fromarray(image)
-    elif not isinstance(image, Image.Image):
+        picture = Image.fromarray(image)
+    elif isinstance(image, Image.Image):
+        picture = image
+    else:
         where.fail(f"the image {_show(image)}", "a path, a PIL image or an array", "convert it")
     stream = io.BytesIO()
     try:
-        kept = image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else image.convert("RGB")
-        kept.save(stream, "PNG")
+        if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            picture = picture.convert("RGB")  # what PNG cannot hold
+        picture.save(stream, "PNG")
     except (OSError, SyntaxError, ValueError) as error:
         where.fail(f"an image that cannot be read ({_reason(error)})", "an image", "save it again")
     return stream.getvalue()

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from dsd.tiny import world
 from dsd.tiny.captions import Claim, Phrase, describe, holds, say
@@ -28,6 +28,7 @@ VALUES: dict[str, tuple[str, ...]] = {
 OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 TOUCHING = ("inside", "overlapping")
 _TRIES = 100_000
+_T = TypeVar("_T", Thing, Phrase, Claim)
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,16 @@ def stage(rng: random.Random, level: Level, extras: Iterable[Thing], *casts: Seq
     return [Scene((*cast, *scattered), background, pattern, style, seed) for cast in casts]
 
 
+def having(whole: _T, **values: Any) -> _T:
+    """The thing, phrase or claim with other values."""
+    return replace(whole, **values)
+
+
 def altered(rng: random.Random, thing: Thing, values: dict[str, str]) -> Thing:
     """The thing with other attributes; a new size brings a new radius."""
     if "size" in values:
         thing = world.resize(thing, values["size"], rng)
-    return replace(thing, **values)
+    return having(thing, **values)
 
 
 def two(rng: random.Random, *values: dict[str, str]) -> Pair:
@@ -169,7 +175,7 @@ def tellable(pair: Iterable[Thing | Phrase], relation: str | None) -> bool:
 
 def _exchange(pair: Pair, *names: str) -> Pair | None:
     """The pair with attributes exchanged; None if one then stands out of the picture."""
-    a, b = (replace(t, **{n: getattr(o, n) for n in names}) for t, o in (pair, pair[::-1]))
+    a, b = (having(t, **{n: getattr(o, n) for n in names}) for t, o in (pair, pair[::-1]))
     fit = all(t.radius <= p <= 1 - t.radius for t in (a, b) for p in (t.x, t.y))
     return (a, b) if fit else None
 
@@ -177,7 +183,7 @@ def _exchange(pair: Pair, *names: str) -> Pair | None:
 def phrase(rng: random.Random, thing: Thing, level: Level, *named: str) -> Phrase:
     """A phrase true of a thing, with the attributes named and, above easy, others now and then."""
     described = describe(rng, thing, world.KNOWN, 0.0 if level == "easy" else 0.3)
-    return replace(described, **{name: getattr(thing, name) for name in named})
+    return having(described, **{name: getattr(thing, name) for name in named})
 
 
 # Twins
@@ -217,7 +223,7 @@ def changed(
         before[side] |= {"fill": world.NOVEL_FILL, "size": "large"}
 
     def change(pair: Pair, value: str, radius: float) -> Pair:
-        new = replace(pair[side], **{attribute: value})
+        new = having(pair[side], **{attribute: value})
         new = replace(new, radius=radius) if attribute == "size" else new
         return (new, pair[1]) if side == 0 else (pair[0], new)
 
@@ -237,7 +243,7 @@ def changed(
             return None
         old = [phrase(rng, t, level, *((attribute,) if i == side else ())) for i, t in enumerate(first)]
         new = list(old)
-        new[side] = replace(old[side], **{attribute: value})
+        new[side] = having(old[side], **{attribute: value})
         p, q = (Claim(c[side]) if bare else Claim(c[0], relation, c[1]) for c in (old, new))
         return Twins((scenes[0], scenes[1]), (p, q))
 
@@ -262,7 +268,8 @@ def moved(
         if relation in OPPOSITES:
             second = _exchange(first, "x", "y")
         elif reverse:
-            second = world.place_pair(rng, *first[::-1], relation)[::-1]
+            inner, outer = world.place_pair(rng, first[1], first[0], relation)
+            second = outer, inner
         else:
             second = world.place_pair(rng, *first, other)
         if second is None:
@@ -297,11 +304,13 @@ def swapped(rng: random.Random, split: Split, level: Level, attribute: str, nove
             return None
         first = world.place_pair(rng, *pair, rng.choice(list(OPPOSITES)))
         second = _exchange(first, *names)
-        scenes = second and stage(rng, level, extras, first, second)
-        if not scenes:
+        if second is None:
+            return None
+        scenes = stage(rng, level, extras, first, second)
+        if scenes is None:
             return None
         p, q = (phrase(rng, t, level, attribute) for t in first)
-        r, s = (replace(x, **{attribute: getattr(y, attribute)}) for x, y in ((p, q), (q, p)))
+        r, s = (having(x, **{attribute: getattr(y, attribute)}) for x, y in ((p, q), (q, p)))
         claims = (Claim(p, object=q), Claim(r, object=s))
         words = [sorted(say(random.Random(0), claim).split()) for claim in claims]
         # "a small orange circle and a red star": the articles differ once the colours are exchanged
@@ -327,8 +336,10 @@ def crossed(rng: random.Random, split: Split, level: Level) -> Maker:
             return None
         a, b = world.place_pair(rng, *pair, world.NOVEL_RELATION)
         apart = world.scatter(rng, loose, (b, a))
-        scenes = apart and stage(rng, level, extras, (b, a, *apart), swap((b, a, *apart)))
-        if not scenes:
+        if apart is None:
+            return None
+        scenes = stage(rng, level, extras, (b, a, *apart), swap((b, a, *apart)))
+        if scenes is None:
             return None
         p, q = (
             Claim(Phrase(t.colour, t.shape), world.NOVEL_RELATION, Phrase(o.colour, o.shape))

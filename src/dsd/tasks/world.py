@@ -156,7 +156,7 @@ def _put(claim: Claim, side: int, attribute: str, value: str) -> Claim:
         return replace(claim, relation=value)
     phrase = claim.object if side else claim.subject
     assert phrase is not None
-    return replace(claim, **{"object" if side else "subject": replace(phrase, **{attribute: value})})
+    return twins.having(claim, **{"object" if side else "subject": twins.having(phrase, **{attribute: value})})
 
 
 def _refcocog(rng: random.Random, split: Split, level: Level, novelty: Novelty | None) -> Drawn:
@@ -294,7 +294,7 @@ def _asked(rng: random.Random, split: Split, level: Level, slot: Slot) -> tuple[
         claim = Claim(twins.phrase(rng, a, level, slot))
         if tail:
             claim = replace(claim, relation=relation, object=twins.phrase(rng, b, level))
-        asked = replace(claim, subject=replace(claim.subject, **{slot: None}))
+        asked = replace(claim, subject=twins.having(claim.subject, **{slot: None}))
         others = (_put(claim, 0, slot, value) for value in VALUES[slot])
         if twins.definite(asked, scenes[0], a) and twins.legible((claim, *others), scenes[0]):
             return scenes[0], claim

@@ -123,12 +123,13 @@ def pictures(recipe: Recipe, folder: Path) -> np.ndarray:
         with open(path.with_suffix(".part"), "wb") as file:
             np.save(file, stack)
         path.with_suffix(".part").replace(path)
-    return np.load(path, mmap_mode="r")
+    found: np.ndarray = np.load(path, mmap_mode="r")
+    return found
 
 
 def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
     """uint8 (b, h, w, 3) => float32 (b, 3, h, w) in -1..1."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(images)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # Parts of the model
@@ -409,7 +410,7 @@ def encode_pictures(vae: AutoencoderKL, images: np.ndarray, folder: Path, device
 def train_unet(recipe: Recipe, folder: Path, device: torch.device, until: float, measure_minutes: float) -> Stage:
     vae = train_vae(recipe, folder, device, until).averaged()
     encoder = train_text(recipe, folder, device, until).averaged()["encoder"]  # type: ignore[index]
-    latents, _ = encode_pictures(vae, pictures(recipe, folder), folder, device)  # type: ignore[arg-type]
+    latents, _ = encode_pictures(vae, pictures(recipe, folder), folder, device)
     tokenizer = build_tokenizer()
     alphas = build_scheduler().alphas_cumprod.to(device)
     torch.manual_seed(recipe.seed)
