@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # else torch may have all cores, as it would anyway
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+# small models gain nothing from threads, and lose a factor of ten to them where another process holds a core
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("dsd", deadline=None, derandomize=True)
 settings.load_profile("dsd")
@@ -39,3 +44,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the reference files in ../shared")
     return folder
+
+
+@pytest.fixture(scope="session")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Folders of small random pipelines, each saved once: ``pipe(prediction="v_prediction")`` (see models.Spec)."""
+    import models
+
+    @cache
+    def saved(**spec: Any) -> str:
+        return str(models.save(models.Spec(**spec), tmp_path_factory.mktemp("pipe")))
+
+    return saved

@@ -1,4 +1,4 @@
-"""The pretraining recipe, at a size of seconds: every stage, stopped and resumed, to a pipeline that stock code loads."""
+"""The pretraining recipe at a size of seconds: every stage, stopped and resumed, to a pipeline that stock code loads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from dsd.tiny.pretrain import LayoutHead, Recipe, Stage
 
 CPU = torch.device("cpu")
 SMALL = Recipe(
-    scenes=24, vae_samples=48, vae_batch=8, text_samples=48, text_batch=8, unet_samples=48, unet_batch=8, easy_samples=16
+    scenes=24,
+    vae_samples=48,
+    vae_batch=8,
+    text_samples=48,
+    text_batch=8,
+    unet_samples=48,
+    unet_batch=8,
+    easy_samples=16,
 )
 
 

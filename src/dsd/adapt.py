@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from dsd import prompts
 from dsd.backbone import Backbone, TextStates
-from dsd.contracts import AdapterError, Example, ModelError, OptionError, Pair
+from dsd.contracts import AdapterError, Example, ModelError, OptionError
 from dsd.evaluate import dataset_checksum
 from dsd.metrics import bootstrap_interval, wins
 from dsd.prompts import PromptConfig
@@ -446,6 +446,8 @@ class _Learner:
         self.scorer, self.config = scorer, config
         self.examples = list(examples)
         self.choices = [_choices(e) for e in self.examples]
+        # few-shot sets are small: all latents are held, one row a pair
+        self.latents = [scorer.latents([image for image, _ in e.pairs]) for e in self.examples]
         self.parameters = list(prompts.parameters(scorer.backbone.denoiser).values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
         self.spread: float | None = None
@@ -540,25 +542,25 @@ class _Learner:
         """Scores of every pair of each example, under one noise and one timestep an example: (rows,) each."""
         backbone, score = self.scorer.backbone, self.scorer.score
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
-        pairs: list[Pair] = []
+        captions: list[str] = []
         times: list[int] = []
         draws: list[Tensor] = []
         sizes: list[int] = []
         for i in batch:
-            own = self.examples[i].pairs
+            own = [text for _, text in self.examples[i].pairs]
             t = rng.choice(score.config.timesteps) + rng.randint(-self.config.jitter, self.config.jitter)
             times += [min(max(t, 0), backbone.num_train_timesteps - 1)] * len(own)
             draws += [torch.randn(self.scorer.noise.shape[1:], generator=generator)] * len(own)
-            pairs += own
+            captions += own
             sizes.append(len(own))
-        latents = self.scorer.latents([image for image, _ in pairs])
-        states = self.scorer.texts([text for _, text in pairs])
+        latents = torch.cat([self.latents[i] for i in batch])
+        states = self.scorer.texts(captions)
         noise = torch.stack(draws).to(backbone.device)
         timesteps = torch.tensor(times, device=backbone.device)
         empty: Pass | None = None
         if score.needs_empty:
             (blank,) = backbone.encode_texts([""])
-            empty = noised_pass(backbone, latents, noise, timesteps, blank.select([0] * len(pairs)), score.empty_layers)
+            empty = noised_pass(backbone, latents, noise, timesteps, blank.select([0] * len(captions)), score.empty_layers)
         # a pass takes captions of one length only, so that nothing is padded for another's sake
         lengths: dict[int, list[int]] = {}
         for row, state in enumerate(states):

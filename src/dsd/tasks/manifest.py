@@ -62,7 +62,7 @@ class _Row:
     label: bool
 
 
-def read_manifest(path: str | PathLike[str]) -> list[Example]:
+def read_manifest(path: str | PathLike[str], root: str | PathLike[str] | None = None) -> list[Example]:
     """The examples of a manifest file: CSV if its name ends in ``.csv``, else JSONL. Blank lines are skipped.
 
     A line of JSONL is an object of ``images`` (paths relative to the manifest's folder), ``texts``, ``positives``
@@ -70,13 +70,19 @@ def read_manifest(path: str | PathLike[str]) -> list[Example]:
     ``image``, ``text`` and ``label`` (0, 1, true or false); the module's head says how its rows become examples, whose
     ids are line numbers too. A byte order mark is allowed.
 
+    Args:
+        path: The manifest.
+        root: The folder that image paths start at and must not leave, if not the manifest's own.
+
     Returns:
         At least one example; images are absolute paths of files that exist.
 
     Raises:
-        ManifestError: Anything else than the above, or an image outside the manifest's folder.
+        ManifestError: Anything else than the above, or an image outside the folder.
     """
     where = _Where(os.fspath(path))
+    if root is not None and not Path(root).is_dir():
+        raise ManifestError(f"{root}: got no folder, expected the one that image paths start at")
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -91,7 +97,7 @@ def read_manifest(path: str | PathLike[str]) -> list[Example]:
         # the error's object, as a byte order mark shifts its positions
         line = _Where(where.file, error.object.count(b"\n", 0, error.start) + 1)
         line.fail(f"the byte 0x{error.object[error.start]:02x}", "UTF-8 text", "save the file as UTF-8")
-    folder = Path(path).absolute().parent
+    folder = Path(path).absolute().parent if root is None else Path(root).absolute()
     examples = (_read_csv if where.file.lower().endswith(".csv") else _read_jsonl)(text, where.file, folder)
     if not examples:
         where.fail("an empty file", "at least one example", "add one a line")

@@ -73,7 +73,7 @@ class Recipe:
     easy_samples: int = 60_000
     """U-Net samples before scenes of three and more objects join."""
     caption_dropout: float = 0.1
-    snr_clip: float = 12.0
+    snr_clip: float = 8.0
     ema: float = 0.999
 
 
@@ -429,10 +429,10 @@ def train_unet(recipe: Recipe, folder: Path, device: torch.device, until: float,
             states = encoder(ids).last_hidden_state
         z = latents[chosen].to(device)
         noise = torch.randn(z.shape, device=device)
-        # layout is decided in 500..960; a quarter of the draws keeps the rest of the schedule in use
+        # what stands where is decided in 300..900; a quarter of the draws keeps the rest of the schedule in use
         t = torch.where(
             torch.rand(n, device=device) < 0.75,
-            torch.randint(500, 960, (n,), device=device),
+            torch.randint(300, 900, (n,), device=device),
             torch.randint(0, 1000, (n,), device=device),
         )
         a = alphas[t][:, None, None, None]
