@@ -157,13 +157,13 @@ def _scene(seed: int) -> tuple[world.Scene, list[str]]:
         if relation is not None and a.colour != b.colour and a.shape != b.shape and a.size == b.size == "large":
             break
     first, second = captions.Phrase(a.colour, a.shape), captions.Phrase(b.colour, b.shape)
-    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+    other = next(c for c in world.COLOURS if c not in (a.colour, b.colour))
     claims = [
         captions.Claim(first, relation, second),
         captions.Claim(second, relation, first),
-        captions.Claim(first, opposite, second),
         captions.Claim(captions.Phrase(b.colour, a.shape), relation, captions.Phrase(a.colour, b.shape)),
-        captions.Claim(captions.Phrase(a.colour, b.shape), relation, second),
+        captions.Claim(captions.Phrase(other, a.shape), relation, second),
+        captions.Claim(first, relation, captions.Phrase(other, b.shape)),
     ]
     return scene, [captions.say(random.Random(0), claim) for claim in claims]
 

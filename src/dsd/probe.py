@@ -165,11 +165,8 @@ class Probe:
         def finish(_module: nn.Module, _inputs: Any, _output: Any) -> None:
             self.records[name] = self._record(layer, heard.pop("query"), heard.pop("key"))
 
-        self._handles += [
-            layer.to_q.register_forward_hook(keep("query")),
-            layer.to_k.register_forward_hook(keep("key")),
-            layer.register_forward_hook(finish),
-        ]
+        for module, hook in ((layer.to_q, keep("query")), (layer.to_k, keep("key")), (layer, finish)):
+            self._handles.append(module.register_forward_hook(hook))
 
     def _record(self, layer: Attention, query: Tensor, key: Tensor) -> LayerRecord:
         # (n, length, heads * d) => (n, heads, length, d)

@@ -164,8 +164,8 @@ class ScoreConfig:
             raise OptionError(f"got weights for {list(self.weights or ())}, expected some of {', '.join(SCORES)}")
         if not self.timesteps:
             raise OptionError("got no timesteps, expected at least one")
-        if self.seed < 0:
-            raise OptionError(f"got seed {self.seed}, expected 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"got seed {self.seed}, expected 0 or more, and less than 2 to the power of 63")
 
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}

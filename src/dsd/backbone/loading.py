@@ -55,7 +55,7 @@ def load_backbone(
         return StableDiffusionBackbone(
             name=model,
             vae=AutoencoderKL.from_pretrained(where, subfolder="vae", dtype=dtype).to(device),
-            text_encoder=CLIPTextModel.from_pretrained(where, subfolder="text_encoder", dtype=dtype).to(device),
+            text_encoder=_whole(CLIPTextModel, where, "text_encoder", dtype).to(device),
             tokenizer=CLIPTokenizer.from_pretrained(where, subfolder="tokenizer"),
             unet=UNet2DConditionModel.from_pretrained(where, subfolder="unet", dtype=dtype).to(device),
             # only the schedule is used, and every scheduler's configuration holds it
@@ -78,6 +78,14 @@ def load_backbone(
         raise ModelError(f"{model}: cannot be loaded ({line}); {advice}") from error
 
 
+def _whole(kind: Any, where: Path | str, part: str, dtype: torch.dtype) -> Any:
+    """A part of the pipeline from ``transformers``, which would fill in what a file lacks with random weights."""
+    loaded, info = kind.from_pretrained(where, subfolder=part, dtype=dtype, output_loading_info=True)
+    if info["missing_keys"] or info["mismatched_keys"]:
+        raise ValueError(f"{part} lacks {len(info['missing_keys'])} weights")
+    return loaded
+
+
 def resolve(model: str) -> Path | str:
     """An alias, folder or hub name => the folder, or the hub name."""
     if model == "tiny":
@@ -85,7 +93,7 @@ def resolve(model: str) -> Path | str:
     if model in cards():
         return str(cards()[model]["hub"])
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if model.count("/") != 1 or path.exists() or model.startswith((".", "/", "~")):
         raise ModelError(

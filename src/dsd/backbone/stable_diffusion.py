@@ -24,7 +24,8 @@ class StableDiffusionBackbone(Backbone):
         vae, text_encoder, tokenizer, unet, scheduler: The pipeline's parts; of the scheduler, only its schedule counts.
 
     Raises:
-        ModelError: If the scheduler's prediction type is none of epsilon, v_prediction and sample.
+        ModelError: If the scheduler's prediction type is none of epsilon, v_prediction and sample, or the parts do not
+            fit together.
     """
 
     def __init__(self, name: str, *, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
@@ -40,6 +41,7 @@ class StableDiffusionBackbone(Backbone):
                 f"{name}: got prediction type {self.prediction_type!r}, "
                 "expected epsilon, v_prediction or sample; correct scheduler/scheduler_config.json"
             )
+        _check_fit(name, vae.config, text_encoder.config, tokenizer, unet.config)
         self.num_train_timesteps = int(config.num_train_timesteps)
         self._alphas = scheduler.alphas_cumprod.float().to(self.device)
         self._factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
@@ -56,7 +58,7 @@ class StableDiffusionBackbone(Backbone):
         return dtype
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
-        side = -(-size // self._factor)
+        side = size // self._factor
         return int(self.vae.config.latent_channels), side, side
 
     @torch.no_grad()
@@ -74,7 +76,7 @@ class StableDiffusionBackbone(Backbone):
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> list[TextStates]:
-        window = int(self.tokenizer.model_max_length)
+        window = min(int(self.tokenizer.model_max_length), int(self.text_encoder.config.max_position_embeddings))
         found = []
         for text in texts:
             ids, words = self._tokenize(text)
@@ -99,6 +101,8 @@ class StableDiffusionBackbone(Backbone):
 
     def _tokenize(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids without start and end, and the number of the word that each belongs to."""
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise TextError(f"got the caption {text!r}, expected Unicode text; save or type it as UTF-8")
         encoded = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
         ids = list(encoded.input_ids)
         word_ids = encoded.word_ids() if encoded.is_fast else None
@@ -124,6 +128,26 @@ class StableDiffusionBackbone(Backbone):
         """The share of signal left at each timestep (abar), to multiply latents with."""
         alphas: Tensor = self._alphas[timesteps]
         return alphas[:, None, None, None]
+
+
+def _check_fit(name: str, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any) -> None:
+    """Refuses parts which load, each by itself, yet make no pass together."""
+    channels, width = int(vae.latent_channels), int(text_encoder.hidden_size)
+    known = "expected a Stable Diffusion 1.x or 2.x pipeline for text to image"
+    if not unet.in_channels == unet.out_channels == channels:
+        raise ModelError(
+            f"{name}: got a U-Net of {unet.in_channels} to {unet.out_channels} channels over latents of {channels}; {known}"
+        )
+    if unet.cross_attention_dim != width:
+        raise ModelError(
+            f"{name}: got a U-Net for texts of width {unet.cross_attention_dim} and a text encoder of width {width}; {known}"
+        )
+    # a token for every byte, and for every byte that ends a word, are the least that CLIP has
+    if not 512 < len(tokenizer) <= text_encoder.vocab_size:
+        raise ModelError(
+            f"{name}: got a tokenizer of {len(tokenizer)} tokens for a text encoder of {text_encoder.vocab_size}, "
+            "expected those that were saved together; export the pipeline again with save_pretrained"
+        )
 
 
 def _windows(words: Sequence[int], size: int) -> list[range]:
