@@ -1,12 +1,13 @@
-"""Small Stable-Diffusion-like pipelines of the real classes with random weights, and pictures to show them.
+"""Small Stable-Diffusion-like pipelines of the real classes with random weights, adapters for them, and pictures.
 
 They are saved as ``save_pretrained`` has it, so that tests load them as users load theirs (fixture ``pipe``).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,18 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from dsd import prompts
+from dsd.adapt import Adapter, fingerprint
+from dsd.backbone import load_backbone
+from dsd.prompts import PromptConfig
+from dsd.scores import ScoreConfig
+
 WORDS = "a red blue green circle square left of right above the and dog cat".split()
 """Words that are one token each; others fall into bytes."""
 PIXELS = 16
 """A side of the pictures that the pipelines are made for: 8 x 8 latents."""
+SCALE = 4.0
+"""Brings the latents of a VAE with random weights near unit variance."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,7 @@ def parts(spec: Spec) -> dict[str, object]:
             latent_channels=4,
             norm_num_groups=4,
             sample_size=PIXELS,
+            scaling_factor=SCALE,
         )
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -124,3 +134,15 @@ def picture(seed: int, size: int = PIXELS) -> Image.Image:
     """A picture of smooth random colours."""
     rough = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
     return Image.fromarray(rough).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def save_adapter(folder: Path, model: str, **values: Any) -> Path:
+    """An adapter with random prompts for a pipeline; ``values`` replace those of :class:`dsd.adapt.Adapter`."""
+    backbone = load_backbone(model)
+    base = fingerprint(backbone)
+    config = PromptConfig(rank=2, attention="cross")
+    prompts.attach(backbone.denoiser, config)
+    g = torch.Generator().manual_seed(1)
+    state = {n: 0.3 * torch.randn(p.shape, generator=g) for n, p in prompts.parameters(backbone.denoiser).items()}
+    made = Adapter(base, ScoreConfig("attention", (50, 450)), config, state, PIXELS, {}, 2.5)
+    return replace(made, **values).save(folder)

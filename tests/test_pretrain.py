@@ -1,4 +1,4 @@
-"""The pretraining recipe at a size of seconds: every stage, stopped and resumed, to a pipeline that stock code loads."""
+"""The pretraining recipe at a size of seconds: every stage, stopped and resumed, to a pipeline stock code loads."""
 
 from __future__ import annotations
 

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import PIXELS, picture
 from torch import Tensor
 
 from dsd.backbone import Backbone, TextStates, load_backbone
 from dsd.contracts import ImageError, ModelError, OptionError, TextError
 from dsd.scorer import Cache, Scorer, common_noise
 from dsd.scores import MIXTURE, SCORES, ScoreConfig, noised_pass
+from models import PIXELS, picture
 
 Pipe = Callable[..., str]
 TIMESTEPS = (200, 800)
@@ -33,11 +33,14 @@ def backbone(pipe: Pipe) -> Backbone:
 
 @pytest.fixture(scope="module")
 def tables(backbone: Backbone) -> dict[str, np.ndarray]:
-    """(images, texts) of every kind, each pair scored by a scorer of its own."""
-    return {
-        kind: np.array([[Scorer(backbone, config).predict([(i, t)])[0] for t in TEXTS] for i in IMAGES])
-        for kind, config in CONFIGS.items()
-    }
+    """(images, texts) of every kind, each pair scored alone."""
+    scorer = Scorer(backbone, CONFIGS["attention"])
+
+    def table(config: ScoreConfig) -> np.ndarray:
+        scorer.use(config)
+        return np.array([[scorer.predict([(i, t)])[0] for t in TEXTS] for i in IMAGES])
+
+    return {kind: table(config) for kind, config in CONFIGS.items()}
 
 
 kinds = pytest.mark.parametrize("kind", CONFIGS)
@@ -54,16 +57,15 @@ def test_scores_are_means_over_timesteps_of_single_passes(
     """The scorer's bookkeeping against one pass after another."""
     scorer = Scorer(backbone, CONFIGS[kind])
     noise = common_noise((4, 8, 8), len(TIMESTEPS), 0)
-    for i, image in enumerate(IMAGES[:2]):
-        latent = backbone.encode_images([image])
-        for j, caption in enumerate(TEXTS):
-            (text,), (blank,) = backbone.encode_texts([caption]), backbone.encode_texts([""])
-            values = []
-            for step, t in enumerate(TIMESTEPS):
-                one = (backbone, latent, noise[step : step + 1], torch.tensor([t]))
-                made = noised_pass(*one, text, scorer.score.layers)
-                values.append(float(scorer.score(made, noised_pass(*one, blank, scorer.score.layers))))
-            assert tables[kind][i, j] == pytest.approx(sum(values) / len(values), abs=1e-5)
+    (blank,) = backbone.encode_texts([""])
+    for i, j in ((0, 0), (1, 3), (2, 4)):
+        latent, (text,) = backbone.encode_images([IMAGES[i]]), backbone.encode_texts([TEXTS[j]])
+        values = []
+        for step, t in enumerate(TIMESTEPS):
+            one = (backbone, latent, noise[step : step + 1], torch.tensor([t]))
+            made = noised_pass(*one, text, scorer.score.layers)
+            values.append(float(scorer.score(made, noised_pass(*one, blank, scorer.score.layers))))
+        assert tables[kind][i, j] == pytest.approx(sum(values) / len(values), abs=1e-5)
 
 
 @kinds
@@ -131,7 +133,7 @@ def test_a_seed_decides_everything(backbone: Backbone, kind: str) -> None:
     def run(seed: int) -> np.ndarray:
         torch.manual_seed(int(np.random.default_rng().integers(1000)))  # the surroundings' state is of no account
         config = ScoreConfig(kind, TIMESTEPS, weights=CONFIGS[kind].weights, seed=seed)
-        return Scorer(backbone, config).predict([(IMAGES[0], t) for t in TEXTS])
+        return Scorer(backbone, config).predict([(IMAGES[0], t) for t in TEXTS[:2]])
 
     assert np.array_equal(run(0), run(0))
     assert (run(0) != run(1)).all()

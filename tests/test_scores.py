@@ -91,7 +91,8 @@ def test_rows_and_join_are_inverse() -> None:
 class Known(Backbone):
     """Pictures are latents of their mean colour; the noise is seen right but for a tenth of the caption's length.
 
-    ``eps(z_t, t, c) = e + gap(c)`` in every entry, where ``gap`` is 1 for the empty caption and 1 - len / 10 for others.
+    ``eps(z_t, t, c) = e + gap(c)`` in every entry; ``gap`` is 1 for the empty caption and 1 - len / 10 for others,
+    times ``1 + t / 100``.
     """
 
     name = "known"

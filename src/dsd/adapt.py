@@ -27,9 +27,10 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dsd import prompts
-from dsd.backbone import Backbone, TextStates
+from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
 from dsd.evaluate import dataset_checksum
+from dsd.images import content_hash, load_image
 from dsd.metrics import bootstrap_interval, wins
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
@@ -52,6 +53,7 @@ class FitConfig:
         validation: Share of the examples held out when no validation examples are given.
         check_every: Steps between looks at the validation examples.
         patience: Looks without improvement before it stops.
+        negatives: Captions of other examples that join each right pair as wrong candidates, drawn anew each step.
         jitter: Timesteps are drawn within this distance of the score's own.
         seed: Decides initial prompts, order, noise and the held-out share.
     """
@@ -65,6 +67,7 @@ class FitConfig:
     validation: float = 0.25
     check_every: int = 25
     patience: int = 6
+    negatives: int = 2
     jitter: int = 50
     seed: int = 0
 
@@ -74,6 +77,12 @@ class FitConfig:
         for name in ("margin", "steps", "batch", "learning_rate", "check_every", "patience"):
             if not getattr(self, name) > 0:
                 raise OptionError(f"got {name} {getattr(self, name)}, expected more than 0")
+        if self.negatives < 0 or self.jitter < 0:
+            raise OptionError(f"got negatives {self.negatives}, jitter {self.jitter}, expected 0 or more of each")
+        if not self.weight_decay >= 0:
+            raise OptionError(f"got weight_decay {self.weight_decay}, expected 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"got seed {self.seed}, expected 0 or more, and less than 2 to the power of 63")
         if not 0 < self.validation < 1:
             raise OptionError(f"got validation share {self.validation}, expected more than 0 and less than 1")
 
@@ -102,10 +111,7 @@ class Adapter:
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder, which appears whole."""
-        out = Path(folder)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _CONFIG).exists())):
-            raise AdapterError(f"{out}: got a path that holds something else, expected a new folder or an adapter's")
+        out = check_out(folder)
         config = {
             "format": _FORMAT,
             "base": self.base,
@@ -149,17 +155,19 @@ class Adapter:
             values = json.loads((path / _CONFIG).read_text("utf-8"))
             if values.get("format") != _FORMAT:
                 raise AdapterError(f"{path}: got format {values.get('format')!r}, expected {_FORMAT!r}")
-            where = values["prompts"]
+            where, base, size = values["prompts"], values["base"], values["size"]
+            if base is not None and not (base["name"] and same_base(base, base)):
+                raise ValueError("base is no fingerprint")
             return cls(
-                values["base"],
+                base,
                 ScoreConfig.from_dict(values["score"]),
                 None if where is None else PromptConfig.from_dict(where),
                 load_file(path / _WEIGHTS),
-                values["size"],
-                values["training"],
+                None if size is None else int(size),
+                dict(values["training"]),
                 values["scale"],
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, OptionError) as error:
             raise AdapterError(
                 f"{path}: got an adapter that cannot be read ({type(error).__name__}: {error}), "
                 "expected the files as they were saved; copy the folder again"
@@ -191,6 +199,23 @@ _WEIGHTS = "adapter_model.safetensors"
 _AUTHORS = "pytorch_model.bin"
 
 
+def check_out(folder: str | os.PathLike[str]) -> Path:
+    """Where an adapter is to be saved; makes the folders above it.
+
+    Raises:
+        AdapterError: If something else is there, or nothing can be written there.
+    """
+    out = Path(folder)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        taken = out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _CONFIG).exists()))
+    except OSError as error:
+        raise AdapterError(f"{out}: got a path that cannot be written ({error.strerror}); choose another") from None
+    if taken:
+        raise AdapterError(f"{out}: got a path that holds something else, expected a new folder or an adapter's")
+    return out
+
+
 def fingerprint(backbone: Backbone) -> dict[str, Any]:
     """What tells one base model from another, whatever precision it is loaded in: a size and some weights."""
     weights = [(n, p) for n, p in backbone.denoiser.named_parameters() if p.ndim > 1 and ".lora_" not in n]
@@ -201,7 +226,8 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
 
 def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Whether two fingerprints are of one model, up to rounding to half precision."""
-    return a["parameters"] == b["parameters"] and np.allclose(a["sample"], b["sample"], rtol=1e-2, atol=1e-3)
+    same_size = a["parameters"] == b["parameters"] and len(a["sample"]) == len(b["sample"])
+    return same_size and np.allclose(a["sample"], b["sample"], rtol=1e-2, atol=1e-3)
 
 
 def _card(adapter: Adapter, name: str) -> str:
@@ -263,14 +289,21 @@ def choice_loss(scores: Tensor, choices: Sequence[_Choice], objective: Objective
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
     """Examples to learn from and to validate on; examples that share a picture stay on one side."""
-    groups: dict[Any, list[Example]] = {}
-    owner: dict[Any, Any] = {}
-    for example in examples:
-        keys = [image if isinstance(image, str) else id(image) for image in example.images]
-        group = next((owner[k] for k in keys if k in owner), example.id)
-        for key in keys:
-            owner.setdefault(key, group)
-        groups.setdefault(group, []).append(example)
+    root = list(range(len(examples)))  # of each example, one that shares a picture with it, no later in the list
+    first: dict[str, int] = {}
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            i = root[i]
+        return i
+
+    for i, example in enumerate(examples):
+        for image in example.images:
+            a, b = find(i), find(first.setdefault(content_hash(load_image(image)), i))
+            root[max(a, b)] = min(a, b)
+    groups: dict[str, list[Example]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(examples[find(i)].id, []).append(example)
     order = sorted(groups, key=str)
     random.Random(seed).shuffle(order)
     held: list[Example] = []
@@ -344,11 +377,11 @@ def fit(
         ModelError: If the loss stops being finite.
     """
     config, prompt = config or FitConfig(), prompt or PromptConfig()
-    usable = [e for e in examples if _choices(e)]
-    if len(usable) < len(examples):
-        names = ", ".join(e.id for e in examples if not _choices(e))[:200]
+    usable = list(examples)
+    idle = [e.id for e in (*usable, *(validation or ())) if not _choices(e)]
+    if idle:
         raise OptionError(
-            f"got {len(examples) - len(usable)} examples in which nothing competes ({names}), "
+            f"got {len(idle)} examples in which nothing competes ({', '.join(idle)[:200]}), "
             "expected right and wrong candidates in each; add negatives to them"
         )
     if validation is None:
@@ -359,9 +392,8 @@ def fit(
         )
     denoiser = scorer.backbone.denoiser
     base = fingerprint(scorer.backbone)
-    request = json.dumps(
-        [base, asdict(config), asdict(prompt), scorer.score.config.to_dict(), scorer.size, dataset_checksum(usable)]
-    )
+    data = dataset_checksum(usable), dataset_checksum(validation)
+    request = json.dumps([base, asdict(config), asdict(prompt), scorer.score.config.to_dict(), scorer.size, *data])
     keeper = None if checkpoint is None else Path(checkpoint)
     prompts.attach(denoiser, prompt, config.seed)
     try:
@@ -436,6 +468,15 @@ def _load_checkpoint(path: Path, request: str) -> dict[str, Any]:
     return state
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What one example brings to a step: a latent and a caption a row, and the choices among the rows."""
+
+    latents: Latents
+    captions: tuple[str, ...]
+    choices: tuple[_Choice, ...]
+
+
 class _Learner:
     """Optimizer steps over batches of examples, and the best prompts so far.
 
@@ -446,6 +487,7 @@ class _Learner:
         self.scorer, self.config = scorer, config
         self.examples = list(examples)
         self.choices = [_choices(e) for e in self.examples]
+        self.captions = sorted({text for e in self.examples for text in e.texts})
         # few-shot sets are small: all latents are held, one row a pair
         self.latents = [scorer.latents([image for image, _ in e.pairs]) for e in self.examples]
         self.parameters = list(prompts.parameters(scorer.backbone.denoiser).values())
@@ -513,19 +555,21 @@ class _Learner:
             rng.shuffle(fresh)
             self.order += fresh
         batch, self.order = self.order[: config.batch], self.order[config.batch :]
-        scores = self._scores(batch, rng)
+        drawn = [self._draw(i, rng) for i in batch]
+        scores = self._scores(drawn, rng)
         if self.spread is None:  # the unit in which margin and softmax work: how far candidates' scores lie apart
             apart = torch.cat([s.detach() - s.detach().mean() for s in scores])
             self.spread = max(1e-6, float(apart.std()))
         losses = [
-            choice_loss(s / self.spread, self.choices[i], config.objective, config.margin)
-            for s, i in zip(scores, batch, strict=True)
+            choice_loss(s / self.spread, d.choices, config.objective, config.margin)
+            for s, d in zip(scores, drawn, strict=True)
         ]
         loss = torch.stack(losses).mean()
         if not torch.isfinite(loss):
-            broken = [self.examples[i].id for s, i in zip(scores, batch, strict=True) if not s.isfinite().all()]
+            names = [self.examples[i].id for i in batch]
+            broken = [name for s, name in zip(scores, names, strict=True) if not s.isfinite().all()]
             raise ModelError(
-                f"got a loss of {loss.item()} at step {self.done}, example {(broken or batch)[0]}; "
+                f"got a loss of {loss.item()} at step {self.done}, example {(broken or names)[0]}; "
                 "lower the learning rate, or load the model in float32"
             )
         # cosine to zero after a short rise
@@ -538,29 +582,47 @@ class _Learner:
         self.optimizer.step()
         self.losses.append(float(loss.detach()))
 
-    def _scores(self, batch: Sequence[int], rng: random.Random) -> list[Tensor]:
-        """Scores of every pair of each example, under one noise and one timestep an example: (rows,) each."""
+    def _draw(self, i: int, rng: random.Random) -> _Drawn:
+        """An example's own pairs, and each right pair again among captions of other examples."""
+        example = self.examples[i]
+        rows = list(range(len(example.pairs)))
+        captions = [text for _, text in example.pairs]
+        choices = list(self.choices[i])
+        others = [t for t in self.captions if t not in example.texts]
+        for image, text in example.positives if others else ():
+            own = image * len(example.texts) + text
+            wrong = rng.sample(others, min(self.config.negatives, len(others)))
+            first = len(rows)
+            rows += [own] * len(wrong)
+            captions += wrong
+            candidates = (own, *range(first, first + len(wrong)))
+            if wrong:
+                choices.append(_Choice(candidates, tuple(c == own for c in candidates)))
+        return _Drawn(self.latents[i][rows], tuple(captions), tuple(choices))
+
+    def _scores(self, batch: Sequence[_Drawn], rng: random.Random) -> list[Tensor]:
+        """Scores of every row of each example, under one noise and one timestep an example: (rows,) each."""
         backbone, score = self.scorer.backbone, self.scorer.score
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
         captions: list[str] = []
         times: list[int] = []
         draws: list[Tensor] = []
-        sizes: list[int] = []
-        for i in batch:
-            own = [text for _, text in self.examples[i].pairs]
+        sizes = [len(drawn.captions) for drawn in batch]
+        for drawn, size in zip(batch, sizes, strict=True):
             t = rng.choice(score.config.timesteps) + rng.randint(-self.config.jitter, self.config.jitter)
-            times += [min(max(t, 0), backbone.num_train_timesteps - 1)] * len(own)
-            draws += [torch.randn(self.scorer.noise.shape[1:], generator=generator)] * len(own)
-            captions += own
-            sizes.append(len(own))
-        latents = torch.cat([self.latents[i] for i in batch])
+            times += [min(max(t, 0), backbone.num_train_timesteps - 1)] * size
+            draws += [torch.randn(self.scorer.noise.shape[1:], generator=generator)] * size
+            captions += drawn.captions
+        latents = torch.cat([drawn.latents for drawn in batch])
         states = self.scorer.texts(captions)
         noise = torch.stack(draws).to(backbone.device)
         timesteps = torch.tensor(times, device=backbone.device)
         empty: Pass | None = None
         if score.needs_empty:
             (blank,) = backbone.encode_texts([""])
-            empty = noised_pass(backbone, latents, noise, timesteps, blank.select([0] * len(captions)), score.empty_layers)
+            empty = noised_pass(
+                backbone, latents, noise, timesteps, blank.select([0] * len(captions)), score.empty_layers
+            )
         # a pass takes captions of one length only, so that nothing is padded for another's sake
         lengths: dict[int, list[int]] = {}
         for row, state in enumerate(states):

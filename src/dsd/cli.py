@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DSD_DEBUG"):
             raise
-        kind = type(error).__name__
+        kind, what = type(error).__name__, " ".join(str(error).split())
         print(
-            f"dsd {arguments.command}: fault: {kind}: {error}; this is our mistake, please report it with what "
+            f"dsd {arguments.command}: fault: {kind}: {what}; this is our mistake, please report it with what "
             "DSD_DEBUG=1 prints",
             file=sys.stderr,
         )
@@ -158,6 +158,8 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _matcher(a: argparse.Namespace) -> Matcher:
+    from zipfile import BadZipFile
+
     import numpy as np
     import torch
 
@@ -167,8 +169,9 @@ def _matcher(a: argparse.Namespace) -> Matcher:
     noise = None
     if a.noise is not None:
         try:
-            noise = np.load(a.noise, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            with open(a.noise, "rb") as file:
+                noise = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
             raise OptionError(
                 f"{a.noise}: got a file that cannot be read ({error}), expected an array saved by numpy.save"
             ) from None
@@ -176,7 +179,7 @@ def _matcher(a: argparse.Namespace) -> Matcher:
             raise OptionError(f"{a.noise}: got an archive, expected one array saved by numpy.save")
     if a.device is not None:
         try:
-            torch.zeros(1, device=a.device)
+            torch.zeros(1, device=a.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise OptionError(
                 f"got device {a.device!r} ({str(error).splitlines()[0]}), expected one that is there, such as cpu"
@@ -228,12 +231,13 @@ def _rank(a: argparse.Namespace) -> None:
 
 
 def _fit(a: argparse.Namespace) -> None:
-    from dsd.adapt import FitConfig
+    from dsd.adapt import FitConfig, check_out
     from dsd.prompts import PromptConfig
     from dsd.tasks import read_manifest
 
     examples = read_manifest(a.manifest)
     validation = None if a.val is None else read_manifest(a.val)
+    check_out(a.out)  # not after hours of learning
     given = {"steps": a.max_steps, "learning_rate": a.learning_rate, "seed": a.seed}
     config = FitConfig(objective=a.objective, **{k: v for k, v in given.items() if v is not None})
     matcher = _matcher(a)
@@ -253,9 +257,7 @@ def _fit(a: argparse.Namespace) -> None:
         _print_json({"adapter": str(out), **training})
         return
     before, after = training["validation"]["before"], training["validation"]["after"]
-    print(
-        f"{out}: learned from {training['examples']} examples; on {training['validation_examples']} others:"
-    )
+    _print(f"{out}: learned from {training['examples']} examples; on {training['validation_examples']} others:")
     _print_table(
         [{"": "zero-shot", "accuracy": f"{before:.3f}"}, {"": "learned", "accuracy": f"{after:.3f}"}], ("", "accuracy")
     )
@@ -267,7 +269,8 @@ def _eval(a: argparse.Namespace) -> None:
     from dsd.evaluate import evaluate
     from dsd.report import format_interval
 
-    result = evaluate(_matcher(a), _examples(a), progress=_watched())
+    examples = _examples(a)  # before the model, which may take long to load
+    result = evaluate(_matcher(a), examples, progress=_watched())
     if a.out is not None:
         result.save(a.out)
     if a.format == "json":
@@ -299,7 +302,7 @@ def _world(a: argparse.Namespace) -> None:
     from dsd.tasks import world_task, write_manifest
 
     examples = world_task(a.task, a.split, a.level, a.count, a.seed, a.novel)
-    print(write_manifest(examples, a.out))
+    _print(str(write_manifest(examples, a.out)))
 
 
 def _explain(a: argparse.Namespace) -> None:
@@ -307,7 +310,7 @@ def _explain(a: argparse.Namespace) -> None:
 
     found = _matcher(a).explain(a.images[0], a.text)
     word_sheet(a.out, found.image, list(zip(found.words, found.maps, strict=True)))
-    print(a.out)
+    _print(a.out)
 
 
 def _demo(a: argparse.Namespace) -> None:
@@ -325,14 +328,28 @@ def _watched() -> bool:
 
 
 def _print_json(values: Mapping[str, Any]) -> None:
-    json.dump(values, sys.stdout, indent=1, ensure_ascii=False, allow_nan=False, default=str)
-    print()
+    text = json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False, default=str)
+    _print(text if _printable(text) else json.dumps(values, indent=1, allow_nan=False, default=str))
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     from dsd.report import table
 
-    print(table(rows, columns))
+    _print(table(rows, columns))
+
+
+def _printable(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # an odd terminal, or a file name that is no Unicode
+        return False
+    return True
+
+
+def _print(text: str) -> None:
+    """Prints, with escapes for what the terminal cannot show."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text if _printable(text) else text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 if __name__ == "__main__":

@@ -58,9 +58,14 @@ class Matcher:
         if adapter is not None:
             adapter.attach(backbone)
             score = score or adapter.score
-            size = size or adapter.size
+            size = adapter.size if size is None else size
         score = score or ScoreConfig(timesteps=default_timesteps(backbone.name))
-        self._scorer = Scorer(backbone, score, size=size, batch_size=batch_size, noise=noise)
+        try:
+            self._scorer = Scorer(backbone, score, size=size, batch_size=batch_size, noise=noise)
+        except BaseException:
+            if adapter is not None:  # the backbone was bare, and is the caller's
+                prompts.detach(backbone.denoiser)
+            raise
 
     @classmethod
     def from_pretrained(

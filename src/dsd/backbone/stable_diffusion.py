@@ -136,11 +136,13 @@ def _check_fit(name: str, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any
     known = "expected a Stable Diffusion 1.x or 2.x pipeline for text to image"
     if not unet.in_channels == unet.out_channels == channels:
         raise ModelError(
-            f"{name}: got a U-Net of {unet.in_channels} to {unet.out_channels} channels over latents of {channels}; {known}"
+            f"{name}: got a U-Net of {unet.in_channels} to {unet.out_channels} channels over latents of {channels}; "
+            + known
         )
     if unet.cross_attention_dim != width:
         raise ModelError(
-            f"{name}: got a U-Net for texts of width {unet.cross_attention_dim} and a text encoder of width {width}; {known}"
+            f"{name}: got a U-Net for texts of width {unet.cross_attention_dim} and a text encoder of width {width}; "
+            + known
         )
     # a token for every byte, and for every byte that ends a word, are the least that CLIP has
     if not 512 < len(tokenizer) <= text_encoder.vocab_size:

@@ -67,11 +67,13 @@ class Recipe:
     text_samples: int = 140_000
     text_batch: int = 128
     text_lr: float = 1e-3
-    unet_samples: int = 360_000
+    unet_samples: int = 330_000
     unet_batch: int = 64
     unet_lr: float = 8e-4
     easy_samples: int = 60_000
     """U-Net samples before scenes of three and more objects join."""
+    easy_share: float = 0.6
+    """Share of the samples after that which are drawn from scenes of one and two objects alone."""
     caption_dropout: float = 0.1
     snr_clip: float = 8.0
     ema: float = 0.999
@@ -421,8 +423,8 @@ def train_unet(recipe: Recipe, folder: Path, device: torch.device, until: float,
     measured = time.monotonic()
     for rng in stage.batches(recipe.unet_batch, until, recipe.seed):
         n = recipe.unet_batch
-        pool: Sequence[int] = easy if stage.samples < recipe.easy_samples else range(recipe.scenes)
-        chosen = [rng.choice(pool) for _ in range(n)]
+        share = 1.0 if stage.samples < recipe.easy_samples else recipe.easy_share
+        chosen = [rng.choice(easy) if rng.random() < share else rng.randrange(recipe.scenes) for _ in range(n)]
         texts = ["" if rng.random() < recipe.caption_dropout else caption_of(rng, scenes[i])[1] for i in chosen]
         ids = tokenizer(texts, padding="max_length", return_tensors="pt").input_ids.to(device)
         with torch.no_grad():

@@ -1,0 +1,736 @@
+"""The command line: exit status, one line for whoever got something wrong, JSON that keeps its contract."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dsd import adapt, cli, prompts
+from dsd.backbone import Backbone, load_backbone
+from dsd.cli import main
+from dsd.scores import SCORES
+from models import picture, save_adapter
+
+Pipe = Callable[..., str]
+FINITE = pytest.approx(0, abs=1e6)
+
+
+class Command:
+    """Runs ``dsd`` in this process on a small model."""
+
+    def __init__(self, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+        self.model, self.capsys = model, capsys
+
+    def __call__(self, *argv: object) -> tuple[int, str, str]:
+        """(exit status, stdout, stderr)."""
+        self.capsys.readouterr()
+        try:
+            status = main([str(a) for a in argv])
+        except SystemExit as stop:  # argparse
+            status = int(stop.code or 0)
+        return status, *self.capsys.readouterr()
+
+    def json(self, command: str, *argv: object) -> dict[str, Any]:
+        status, out, err = self(command, *argv, "--model", self.model, "--format", "json")
+        assert (status, err) == (0, "")
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    def refused(self, command: str, *argv: object) -> str:
+        """The one line of a request that cannot be met."""
+        given = () if "--model" in argv or command == "world" else ("--model", self.model)
+        status, out, err = self(command, *argv, *given)
+        assert status == 2, err
+        assert out == ""
+        assert err.startswith(f"dsd {command}: error: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        assert "Traceback" not in err
+        return err
+
+
+@cache
+def loaded(model: str, **options: Any) -> Backbone:
+    return load_backbone(model, **options)
+
+
+def bare(model: str, **options: Any) -> Backbone:
+    """The model, loaded once for all commands of this process; what one of them attached is gone."""
+    backbone = loaded(model, **options)
+    prompts.detach(backbone.denoiser)
+    return backbone
+
+
+@pytest.fixture
+def dsd(pipe: Pipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setattr("dsd.matcher.load_backbone", bare)
+    return Command(pipe(), capsys)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "a.png"
+    picture(0, 20).save(path)
+    return path
+
+
+# Images
+
+
+def saved(folder: Path, name: str, picture: Image.Image, **options: Any) -> Path:
+    picture.save(folder / name, **options)
+    return folder / name
+
+
+def rotated(folder: Path) -> Path:
+    """Stored lying, with the note that it is to be turned by 90 degrees."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(folder, "e.png", picture(0, 20).transpose(Image.Transpose.ROTATE_90), exif=exif)
+
+
+def deep(folder: Path) -> Path:
+    return saved(folder, "16.png", Image.fromarray(np.linspace(0, 65535, 256, dtype=np.uint16).reshape(16, 16)))
+
+
+GOOD: dict[str, Callable[[Path], Path]] = {
+    "one pixel": lambda f: saved(f, "1.png", Image.new("RGB", (1, 1), "red")),
+    "one row": lambda f: saved(f, "row.png", picture(0, 40).crop((0, 0, 40, 1))),
+    "16 bits": deep,
+    "CMYK": lambda f: saved(f, "c.jpg", picture(0).convert("CMYK")),
+    "palette": lambda f: saved(f, "p.gif", picture(0).quantize(8)),
+    "transparency": lambda f: saved(f, "t.png", picture(0).convert("RGBA")),
+    "two levels": lambda f: saved(f, "b.png", picture(0).convert("1")),
+    "animation": lambda f: saved(f, "a.gif", picture(0), save_all=True, append_images=[picture(1)]),
+    "WebP": lambda f: saved(f, "w.webp", picture(0)),
+    "turned": rotated,
+    "name with spaces and emoji": lambda f: saved(f, "ein Bild 🐕.png", picture(0)),
+}
+
+
+@pytest.mark.parametrize("make", GOOD.values(), ids=GOOD.keys())
+def test_images_of_all_kinds_are_scored(dsd: Command, tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    path = make(tmp_path)
+    found = dsd.json("score", path, "--text", "a dog", "--timesteps", "300")
+    assert found["images"] == [str(path)]
+    assert found["scores"] == [[FINITE]]
+
+
+def test_orientation_and_first_frame_are_heeded(dsd: Command, tmp_path: Path) -> None:
+    paths = [
+        saved(tmp_path, "upright.png", picture(0, 20)),
+        rotated(tmp_path),
+        saved(tmp_path, "still.png", picture(0).quantize(256).convert("RGB")),
+        saved(tmp_path, "a.gif", picture(0).quantize(256), save_all=True, append_images=[picture(1)]),
+        saved(tmp_path, "lying.png", picture(0, 20).transpose(Image.Transpose.ROTATE_90)),
+    ]
+    found = dsd.json("score", *paths, "--text", "a dog", "--timesteps", "300")["scores"]
+    scores = [row[0] for row in found]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+    assert scores[2] == pytest.approx(scores[3], abs=1e-5)
+    assert abs(scores[0] - scores[4]) > 1e-4
+
+
+def written(folder: Path, name: str, data: bytes) -> Path:
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+def truncated(folder: Path) -> Path:
+    path = saved(folder, "cut.png", picture(0, 64))
+    return written(folder, "cut.png", path.read_bytes()[:-400])
+
+
+def huge(folder: Path) -> Path:
+    """The head of a PNG of 20,000 x 20,000 pixels; decoding would take 1.2 GB."""
+    head = b"IHDR" + struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head))
+    return written(folder, "huge.png", data + struct.pack(">I", 0) + b"IDAT" + struct.pack(">I", zlib.crc32(b"IDAT")))
+
+
+BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda f: f / "none.png", "no such file"),
+    "folder": (lambda f: f, "folder"),
+    "truncated": (truncated, "broken"),
+    "empty": (lambda f: written(f, "e.png", b""), "empty"),
+    "text": (lambda f: written(f, "t.png", b"no picture at all"), "another kind"),
+    "SVG": (lambda f: written(f, "s.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "another kind"),
+    "huge": (huge, "pixels"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize("command", ["score", "rank"])
+def test_bad_images_are_refused(
+    dsd: Command, image: Path, tmp_path: Path, command: str, make: Callable[[Path], Path], reason: str
+) -> None:
+    path = make(tmp_path)
+    line = dsd.refused(command, image, path, "--text", "a dog")
+    assert str(path) in line
+    assert reason in line
+    assert "expected" in line
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are Unicode elsewhere")
+def test_file_names_that_are_no_unicode(dsd: Command, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff\xfe.png")
+    try:
+        picture(0).save(path)
+    except OSError:
+        pytest.skip("the file system takes Unicode names only")
+    assert dsd.json("score", path, "--text", "cat", "--timesteps", "300")["images"] == [str(path)]
+    status, out, err = dsd("score", path, "--text", "cat", "--timesteps", "300", "--model", dsd.model)
+    assert (status, err) == (0, "")
+    assert "cat" in out
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_output_that_takes_ascii_alone(pipe: Pipe, image: Path, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    argv = ["score", image, "--text", "🐕 قطة", "--timesteps", "300", "--model", pipe(), "--format", form]
+    assert main(list(map(str, argv))) == 0
+    stdout.seek(0)
+    printed = stdout.read()
+    assert printed
+    if form == "json":
+        assert json.loads(printed)["texts"] == ["🐕 قطة"]
+
+
+# Captions
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n\t", "\u3000"])
+@pytest.mark.parametrize("command", ["score", "rank"])
+def test_blank_captions_are_refused(dsd: Command, image: Path, command: str, text: str) -> None:
+    assert "at least one word" in dsd.refused(command, image, "--text", "a dog", "--text", text)
+
+
+def test_captions_that_are_no_unicode_are_refused(dsd: Command, image: Path) -> None:
+    assert "Unicode" in dsd.refused("score", image, "--text", os.fsdecode(b"a \xff dog"))
+
+
+CAPTIONS = {
+    "3,000 words": "word " * 3000,
+    "right to left": "قطة حمراء فوق كلب أزرق",
+    "emoji": "🐕‍🦺 👩‍👩‍👧 ❤️",
+    "accents": "naïve façade — “quoted”",
+    "several lines": "a dog\nand a cat",
+    "marks": "...!?",
+    "tokens": "<|endoftext|> <|startoftext|>",
+    "looks like an option": "-- a dog",
+}
+
+
+@pytest.mark.parametrize("text", CAPTIONS.values(), ids=CAPTIONS.keys())
+def test_captions_of_all_kinds_are_scored(dsd: Command, image: Path, text: str) -> None:
+    found = dsd.json("score", image, f"--text={text}", "--text", "cat", "--timesteps", "300")
+    assert found["texts"] == [text, "cat"]
+    assert found["scores"] == [[FINITE, FINITE]]
+
+
+# Results
+
+
+def test_scores_keep_the_contract(dsd: Command, image: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path, "b.png", picture(1))
+    argv = (image, other, "--text", "a dog", "--text", "cat", "--text", "a dog")
+    found = dsd.json("score", *argv, "--score", "attention", "--steps", "2", "--seed", "4")
+    assert found["images"] == [str(image), str(other)]
+    assert found["texts"] == ["a dog", "cat", "a dog"]
+    assert found["scores"] == [[FINITE] * 3] * 2
+    assert found["score"] == {"kind": "attention", "timesteps": [250, 750], "seed": 4}
+    assert found["model"] == dsd.model
+    for row in found["scores"]:
+        assert row[0] == pytest.approx(row[2], abs=1e-5)
+        assert row[0] != row[1]
+    status, out, err = dsd("score", *argv, "--model", dsd.model, "--score", "attention", "--steps", 2, "--seed", 4)
+    assert (status, err) == (0, "")
+    for row in found["scores"]:
+        assert f"{row[1]:.4f}" in out
+
+
+def test_rankings_are_the_scores_best_first(dsd: Command, image: Path, tmp_path: Path) -> None:
+    texts = [a for t in ("a dog", "cat", "a blue square") for a in ("--text", t)]
+    scores = dsd.json("score", image, *texts)["scores"][0]
+    ranking = dsd.json("rank", image, *texts)["ranking"]
+    assert [r["rank"] for r in ranking] == [1, 2, 3]
+    assert [r["index"] for r in ranking] == sorted(range(3), key=lambda i: -scores[i])
+    assert [r["text"] for r in ranking] == [texts[2 * r["index"] + 1] for r in ranking]
+    assert [r["score"] for r in ranking] == pytest.approx(sorted(scores, reverse=True), abs=1e-6)
+    other = saved(tmp_path, "b.png", picture(1))
+    images = dsd.json("rank", image, other, "--text", "cat")["ranking"]
+    assert {r["image"] for r in images} == {str(image), str(other)}
+    assert images[0]["score"] >= images[1]["score"]
+    status, out, _ = dsd("rank", image, *texts, "--model", dsd.model)
+    assert status == 0
+    lines = out.splitlines()
+    assert [next(t for t in texts[1::2] if t in line) for line in lines[-3:]] == [r["text"] for r in ranking]
+
+
+def test_many_images_and_many_texts_have_no_ranking(dsd: Command, image: Path) -> None:
+    assert "dsd score" in dsd.refused("rank", image, image, "--text", "a", "--text", "b")
+
+
+def test_options_reach_the_score(dsd: Command, image: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(size=(2, 4, 12, 12)).astype(np.float32)
+    np.save(tmp_path / "noise.npy", noise)
+    argv = (image, "--text", "a dog", "--timesteps", "100,800", "--size", "24", "--score", "paper-attention")
+    found = dsd.json("score", *argv, "--noise", tmp_path / "noise.npy", "--layers", "mid_block", "--batch-size", "1")
+    from dsd import Matcher
+
+    expected = Matcher.from_pretrained(
+        dsd.model, score="paper-attention", timesteps=(100, 800), layers=("mid_block",), size=24, noise=noise
+    ).score(image, "a dog")
+    assert found["scores"] == [[pytest.approx(float(expected.scores[0, 0]), abs=1e-5)]]
+    assert found["size"] == 24
+    assert len(found["layers"]) == 1
+    assert found["scores"] != dsd.json("score", *argv)["scores"]
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_every_kind_of_score(dsd: Command, image: Path, kind: str) -> None:
+    found = dsd.json("score", image, "--text", "cat", "--score", kind, "--timesteps", "500")
+    assert found["score"]["kind"] == kind
+    assert found["scores"] == [[FINITE]]
+
+
+# Options
+
+
+def array(folder: Path, value: Any, name: str = "noise.npy") -> Path:
+    np.save(folder / name, value, allow_pickle=True)
+    return folder / name
+
+
+NOISE: dict[str, Callable[[Path], Path]] = {
+    "missing": lambda f: f / "none.npy",
+    "folder": lambda f: f,
+    "wrong shape": lambda f: array(f, np.zeros((4, 4, 64, 64), np.float32)),
+    "too few": lambda f: array(f, np.zeros((3, 4, 8, 8), np.float32)),
+    "integers": lambda f: array(f, np.zeros((4, 4, 8, 8), int)),
+    "not a number": lambda f: array(f, np.full((4, 4, 8, 8), np.nan)),
+    "pickle": lambda f: array(f, np.array([{"a": 1}], dtype=object)),
+    "text": lambda f: written(f, "noise.npy", b"0.1 0.2 0.3"),
+    "empty": lambda f: written(f, "noise.npy", b""),
+    "cut": lambda f: written(f, "cut.npy", array(f, np.zeros((4, 4, 8, 8))).read_bytes()[:500]),
+    "archive": lambda f: (np.savez(f / "a.npz", a=np.zeros(3)), f / "a.npz")[1],
+    "broken archive": lambda f: written(f, "b.npy", b"PK\x03\x04 and no more"),
+}
+
+
+@pytest.mark.parametrize("make", NOISE.values(), ids=NOISE.keys())
+def test_bad_noise(dsd: Command, image: Path, tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    path = make(tmp_path)
+    line = dsd.refused("score", image, "--text", "cat", "--noise", path)
+    assert "noise" in line or str(path) in line
+
+
+OPTIONS = {
+    "--model nonesuch": "nonesuch",
+    "--model /nonesuch/folder": "/nonesuch/folder",
+    "--adapter /nonesuch": "/nonesuch",
+    "--device nonsense": "nonsense",
+    "--device cpu:banana": "cpu:banana",
+    "--device meta": "meta",
+    "--size 0": "size 0",
+    "--size 7": "size 7",
+    "--size 8193": "8193",
+    "--size -16": "-16",
+    "--timesteps 1000": "1000",
+    "--timesteps 5,-3": "-3",
+    "--steps 0": "0 steps",
+    "--steps 1001": "1001",
+    "--steps -2": "-2",
+    "--seed -1": "-1",
+    "--seed 99999999999999999999": "99999999999999999999",
+    "--batch-size 0": "batch size 0",
+    "--score attention --layers nonesuch": "nonesuch",
+    "--score attention --layers mid_block,": "''",
+}
+
+
+@pytest.mark.parametrize(("options", "named"), OPTIONS.items(), ids=OPTIONS.keys())
+def test_options_out_of_range(dsd: Command, image: Path, options: str, named: str) -> None:
+    line = dsd.refused("score", image, "--text", "cat", *options.split(" "))
+    assert named in line
+    assert "expected" in line
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "nonesuch",
+        "score",
+        "score a.png",
+        "score --text cat",
+        "score a.png --text cat --timesteps 1,two",
+        "score a.png --text cat --timesteps=",
+        "score a.png --text cat --timesteps 1 --steps 2",
+        "score a.png --text cat --steps many",
+        "score a.png --text cat --size big",
+        "score a.png --text cat --score nonesuch",
+        "score a.png --text cat --dtype int8",
+        "score a.png --text cat --format xml",
+        "score a.png --text cat --nonesuch",
+        "rank a.png",
+        "fit",
+        "fit m.jsonl",
+        "fit m.jsonl --out d --method magic",
+        "fit m.jsonl --out d --adapter x",
+        "eval",
+        "eval comvg --level silly",
+        "eval comvg --count many",
+        "world comvg",
+        "world nonesuch --out d",
+        "explain a.png --text cat",
+    ],
+)
+def test_arguments_that_make_no_command(dsd: Command, argv: str) -> None:
+    status, out, err = dsd(*argv.split())
+    assert status == 2
+    assert out == ""
+    assert "usage: dsd" in err
+    assert "error: " in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", ["score", "rank", "fit", "eval", "world", "explain", "demo"])
+def test_every_command_has_help(dsd: Command, command: str) -> None:
+    status, out, err = dsd(command, "--help")
+    assert (status, err) == (0, "")
+    assert f"usage: dsd {command}" in out
+
+
+# Manifests
+
+
+LINE = {"images": ["a.png", "b.png"], "texts": ["cat", "dog"], "positives": [[0, 0], [1, 1]], "tags": ["pets"]}
+
+
+def manifest(folder: Path, *lines: Any, name: str = "m.jsonl") -> Path:
+    """A manifest, and the pictures that it is about."""
+    for i, letter in enumerate("abcd"):
+        picture(i).save(folder / f"{letter}.png")
+    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+    (folder / name).write_text(text + "\n", "utf-8")
+    return folder / name
+
+
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no JSON": ('{"images": ["a.png"', "JSON"),
+    "a list": ("[1, 2]", "JSON object"),
+    "wrong image": ({**LINE, "positives": [[2, 0]]}, "image below 2"),
+    "wrong text": ({**LINE, "positives": [[0, -1]]}, "text below 2"),
+    "no positives": ({**LINE, "positives": []}, "positives"),
+    "missing key": ({"images": ["a.png"], "positives": [[0, 0]]}, "texts"),
+    "unknown key": ({**LINE, "captions": []}, "captions"),
+    "images no list": ({**LINE, "images": "a.png"}, "images"),
+    "missing image": ({**LINE, "images": ["a.png", "none.png"]}, "none.png"),
+    "path outside": ({**LINE, "images": ["a.png", "../b.png"]}, "outside"),
+    "absolute path": ({**LINE, "images": ["a.png", "/etc/hostname"]}, "outside"),
+    "blank caption": ({**LINE, "texts": ["cat", " "]}, "text"),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BROKEN.values(), ids=BROKEN.keys())
+@pytest.mark.parametrize("command", ["eval", "fit"])
+def test_broken_manifest_is_told_by_file_and_line(
+    dsd: Command, tmp_path: Path, command: str, line: Any, reason: str
+) -> None:
+    path = manifest(tmp_path, *[LINE] * 6, line, LINE)
+    options = ("--out", tmp_path / "adapter") if command == "fit" else ()
+    found = dsd.refused(command, path, *options)
+    assert f"{path}:7: " in found
+    assert reason in found
+
+
+def test_broken_validation_manifest(dsd: Command, tmp_path: Path) -> None:
+    good, bad = manifest(tmp_path, LINE), manifest(tmp_path, "{", name="v.jsonl")
+    assert f"{bad}:1: " in dsd.refused("fit", good, "--val", bad, "--out", tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "", "none.csv"])
+def test_missing_manifest(dsd: Command, tmp_path: Path, name: str) -> None:
+    assert str(tmp_path / name) in dsd.refused("eval", tmp_path / name)
+
+
+def test_manifest_with_a_broken_image(dsd: Command, tmp_path: Path) -> None:
+    path = manifest(tmp_path, LINE)
+    written(tmp_path, "b.png", b"no picture")
+    assert "b.png" in dsd.refused("eval", path)
+
+
+def test_manifest_without_a_choice(dsd: Command, tmp_path: Path) -> None:
+    single = {"images": ["a.png"], "texts": ["cat"], "positives": [[0, 0]]}
+    path = manifest(tmp_path, single, {**single, "images": ["b.png"]})
+    dsd.refused("eval", path)
+    assert "nothing competes" in dsd.refused("fit", path, "--out", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+# Evaluation
+
+
+def test_evaluation_keeps_the_contract(dsd: Command, tmp_path: Path) -> None:
+    choice = {"images": ["c.png"], "texts": ["cat", "dog", "a blue square"], "positives": [[0, 2]], "tags": ["text"]}
+    path = manifest(tmp_path, LINE, choice, {**LINE, "images": ["c.png", "d.png"]})
+    argv = (path, "--score", "attention", "--timesteps", "300")
+    found = dsd.json("eval", *argv, "--out", tmp_path / "sub" / "result.json")
+    assert set(found["metrics"]["accuracy"]) == {"value", "low", "high", "n"}
+    assert found["metrics"]["accuracy"]["n"] == 3
+    for metric in found["metrics"].values():
+        assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
+    assert set(found["by_tag"]) == {"pets", "text"}
+    assert found["by_tag"]["text"]["accuracy"]["n"] == 1
+    assert found["config"]["score"]["kind"] == "attention"
+    whole = json.loads((tmp_path / "sub" / "result.json").read_text())
+    assert whole["metrics"] == found["metrics"]
+    assert [len(e["scores"]) for e in whole["examples"]] == [2, 1, 2]
+    status, out, err = dsd("eval", *argv, "--model", dsd.model)
+    assert (status, err) == (0, "")
+    assert "accuracy" in out
+    assert "pets" in out
+
+
+def test_evaluation_of_csv_with_images_elsewhere(dsd: Command, tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    manifest(tmp_path / "pictures", LINE)
+    table = tmp_path / "m.csv"
+    table.write_text("image,text,label\na.png,cat,1\na.png,dog,0\n")
+    argv = (table, "--timesteps", "300")
+    assert "a.png" in dsd.refused("eval", *argv)
+    assert dsd.json("eval", *argv, "--data", tmp_path / "pictures")["metrics"]["accuracy"]["n"] == 1
+
+
+def test_evaluation_of_the_world(dsd: Command, tmp_path: Path) -> None:
+    options = ("--level", "easy", "--count", "4", "--seed", "3")
+    direct = dsd.json("eval", "comvg", *options, "--timesteps", "300")
+    assert direct["metrics"]["accuracy"]["n"] == 4
+    status, out, err = dsd("world", "comvg", *options, "--out", tmp_path / "world")
+    assert (status, err) == (0, "")
+    path = Path(out.strip())
+    assert path == tmp_path / "world" / "manifest.jsonl"
+    saved = dsd.json("eval", path, "--seed", "3", "--timesteps", "300")
+    assert saved["metrics"] == direct["metrics"]
+    assert saved["dataset"] == direct["dataset"]
+
+
+def test_requests_to_the_world_that_cannot_be_met(dsd: Command, tmp_path: Path) -> None:
+    assert "--data" in dsd.refused("eval", "comvg", "--data", tmp_path)
+    assert "-1" in dsd.refused("eval", "comvg", "--count", "-1")
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "sub"):
+        assert "file" in dsd.refused("world", "comvg", "--count", "1", "--level", "easy", "--out", out)
+
+
+def test_result_that_cannot_be_saved(dsd: Command, tmp_path: Path) -> None:
+    path = manifest(tmp_path, LINE)
+    (tmp_path / "file").touch()
+    line = dsd.refused("eval", path, "--timesteps", "300", "--out", tmp_path / "file" / "result.json")
+    assert "result.json" in line
+
+
+# Learning
+
+
+@pytest.fixture
+def lesson(tmp_path: Path) -> Path:
+    """Eight text choices."""
+    choice = {"texts": ["cat", "dog"], "positives": [[0, 0]]}
+    return manifest(tmp_path, *[{**choice, "images": [f"{letter}.png"]} for letter in "abcd"])
+
+
+FEW = ("--max-steps", "2", "--timesteps", "300", "--score", "attention", "--rank", "1")
+
+
+def test_learning_makes_an_adapter(dsd: Command, lesson: Path, image: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "adapter"
+    found = dsd.json(
+        "fit", lesson, "--out", out, *FEW, "--learning-rate", "0.01", "--objective", "hinge", "--seed", "2"
+    )
+    assert found["adapter"] == str(out)
+    assert found["examples"] + found["validation_examples"] == 4
+    assert {"before", "after", "low", "high"} == set(found["validation"])
+    assert (found["config"]["steps"], found["config"]["objective"], found["config"]["seed"]) == (2, "hinge", 2)
+    assert [p["step"] for p in found["curve"]] == [0, 2]
+    assert list(out.parent.iterdir()) == [out]
+    scored = dsd.json("score", image, "--text", "cat", "--adapter", out)
+    assert scored["score"] == {"kind": "attention", "timesteps": [300], "seed": 2}
+    status, printed, err = dsd("fit", lesson, "--val", lesson, "--out", out, *FEW, "--model", dsd.model)
+    assert (status, err) == (0, "")
+    assert "zero-shot" in printed
+
+
+def test_place_for_the_adapter_is_checked_before_learning(
+    dsd: Command, lesson: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapt._Learner, "step", lambda *_: pytest.fail("learned for nothing"))
+    assert "something else" in dsd.refused("fit", lesson, "--out", tmp_path, *FEW)
+    assert str(lesson) in dsd.refused("fit", lesson, "--out", lesson / "adapter", *FEW)
+
+
+def test_learning_that_is_stopped(dsd: Command, lesson: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapt._Learner, "step", stop)
+    status, out, err = dsd("fit", lesson, "--out", tmp_path / "adapter", *FEW, "--model", dsd.model)
+    assert (status, out) == (130, "")
+    assert err == "dsd fit: stopped\n"
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_checkpoint_of_another_request(dsd: Command, lesson: Path, tmp_path: Path) -> None:
+    written(tmp_path, "adapter.checkpoint", b"something else")
+    assert "adapter.checkpoint" in dsd.refused("fit", lesson, "--out", tmp_path / "adapter", "--resume", *FEW)
+
+
+@pytest.mark.parametrize(
+    "options", [("--rank", "0"), ("--max-steps", "0"), ("--learning-rate", "-1"), ("--learning-rate", "nan")]
+)
+def test_bad_options_of_learning(dsd: Command, lesson: Path, tmp_path: Path, options: tuple[str, str]) -> None:
+    assert "expected" in dsd.refused("fit", lesson, "--out", tmp_path / "adapter", *options)
+
+
+# Adapters
+
+
+def test_an_adapter_brings_its_model_and_score(dsd: Command, image: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "mine", dsd.model)
+    status, out, err = dsd("score", image, "--text", "cat", "--adapter", folder, "--format", "json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["model"] == dsd.model
+    assert found["score"]["kind"] == "attention"
+    assert found["score"]["timesteps"] == [50, 450]
+    bare = dsd.json("score", image, "--text", "cat", "--score", "attention", "--timesteps", "50,450")
+    assert abs(found["scores"][0][0] - bare["scores"][0][0]) > 1e-3
+
+
+def test_adapter_for_another_base(dsd: Command, pipe: Pipe, image: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "mine", pipe(seed=1))
+    line = dsd.refused("score", image, "--text", "cat", "--adapter", folder)
+    assert pipe(seed=1) in line
+    assert dsd.model in line
+
+
+def test_broken_adapter(dsd: Command, image: Path, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "mine", dsd.model)
+    written(folder, "adapter_model.safetensors", b"cut")
+    assert str(folder) in dsd.refused("score", image, "--text", "cat", "--adapter", folder)
+
+
+# Explanations
+
+
+def test_explanation_is_drawn(dsd: Command, image: Path, tmp_path: Path) -> None:
+    out = tmp_path / "map.png"
+    status, printed, err = dsd("explain", image, "--text", "a red dog 🐕", "--out", out, "--model", dsd.model)
+    assert (status, printed.strip(), err) == (0, str(out), "")
+    with Image.open(out) as drawn:
+        drawn.load()
+        assert min(drawn.size) > 16
+
+
+def test_explanations_that_cannot_be(dsd: Command, image: Path, tmp_path: Path) -> None:
+    assert "none.png" in dsd.refused("explain", tmp_path / "none.png", "--text", "cat", "--out", tmp_path / "m.png")
+    assert "word" in dsd.refused("explain", image, "--text", " ", "--out", tmp_path / "m.png")
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file" / "m.png", tmp_path):
+        assert "expected" in dsd.refused("explain", image, "--text", "cat", "--out", out)
+
+
+# Faults, and what is loaded
+
+
+def test_a_fault_of_ours(dsd: Command, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("one line\nand another")
+
+    monkeypatch.setattr("dsd.matcher.Matcher.score", fail)
+    status, out, err = dsd("score", image, "--text", "cat", "--model", dsd.model)
+    assert (status, out) == (1, "")
+    assert "ZeroDivisionError" in err
+    assert "DSD_DEBUG=1" in err
+    assert err.count("\n") == 1
+    monkeypatch.setenv("DSD_DEBUG", "1")
+    with pytest.raises(ZeroDivisionError):
+        dsd("score", image, "--text", "cat", "--model", dsd.model)
+
+
+def test_a_reader_that_has_had_enough(dsd: Command, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``dsd score ... | head``; the interpreter must not complain at exit."""
+    code = "import os, sys; from dsd import cli; cli._world = lambda a: print('x' * 100_000); sys.exit(cli.main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "world", "comvg", "--out", "x"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 0
+
+
+def test_constants_are_the_librarys() -> None:
+    from dsd.tasks import WORLD_TASKS
+    from dsd.tasks.twins import Split
+    from dsd.tiny.world import Level
+
+    assert tuple(SCORES) == cli.SCORE_KINDS
+    assert cli.WORLD_TASKS == WORLD_TASKS
+    assert get_args(Level) == cli.LEVELS
+    assert get_args(Split) == cli.SPLITS
+
+
+HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "peft"}
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["score", "--help"], ["score"], ["nonesuch"]])
+def test_help_loads_nothing_heavy(argv: list[str]) -> None:
+    code = (
+        "import sys; from dsd.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit as stop: status = stop.code\n"
+        "print(status, *sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+    status, *modules = done.stderr.splitlines()[-1].split()
+    assert status == ("0" if "--help" in argv else "2")
+    assert not HEAVY & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("argv", "loaded"),
+    [
+        (["eval", "none.jsonl"], False),
+        (["score", "a.png", "--text", "cat", "--model", "nonesuch"], True),
+    ],
+    ids=["before a library is loaded", "after"],
+)
+def test_a_mistake_outside_of_tests(argv: list[str], loaded: bool) -> None:
+    """In a process of its own, where nothing is set up and nothing is caught."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_", "TOKENIZERS_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "dsd.cli", *argv], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"dsd {argv[0]}: error: ")
+    assert done.stderr.count("\n") == 1
+    assert ("nonesuch" if loaded else "none.jsonl") in done.stderr

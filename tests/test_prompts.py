@@ -1,0 +1,292 @@
+"""Prompts change nothing until they learn, and nothing is left of them when they go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dsd import prompts
+from dsd.backbone import Backbone, load_backbone
+from dsd.contracts import AdapterError, OptionError
+from dsd.probe import select_layers
+from dsd.prompts import PromptConfig
+
+Pipe = Callable[..., str]
+Run = Callable[[], Tensor]
+
+
+@pytest.fixture
+def backbone(pipe: Pipe) -> Backbone:
+    return load_backbone(pipe())
+
+
+@pytest.fixture
+def run(backbone: Backbone) -> Run:
+    """One pass over fixed inputs."""
+    noised, t = torch.randn(2, 4, 8, 8), torch.tensor([100, 700])
+    text = backbone.encode_texts(["a dog"])[0].select([0, 0])
+
+    @torch.no_grad()
+    def predict() -> Tensor:
+        return backbone.predict_noise(noised, t, text)
+
+    return predict
+
+
+def randomise(denoiser: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Prompts that do change something."""
+    g = torch.Generator().manual_seed(seed)
+    values = {name: 0.2 * torch.randn(p.shape, generator=g) for name, p in prompts.parameters(denoiser).items()}
+    prompts.load_state(denoiser, values)
+    return values
+
+
+def modules(denoiser: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(m)) for name, m in denoiser.named_modules()]
+
+
+CONFIGS = {
+    "all": PromptConfig(),
+    "cross, query and key": PromptConfig(rank=2, projections=("to_q", "to_k"), attention="cross"),
+    "self": PromptConfig(rank=1, attention="self"),
+    "some layers": PromptConfig(rank=3, attention="cross", layers=("mid_block", "up_blocks.0")),
+    "half as strong": PromptConfig(scale=0.5),
+}
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@configs
+def test_prompts_change_nothing_at_first_and_nothing_when_gone(
+    backbone: Backbone, run: Run, config: PromptConfig
+) -> None:
+    network = backbone.denoiser
+    bare, before = run(), modules(network)
+    weights = {name: p.clone() for name, p in network.named_parameters()}
+    prompts.attach(network, config)
+    assert modules(network) != before
+    assert torch.allclose(run(), bare, atol=1e-6)
+    randomise(network)
+    assert not torch.allclose(run(), bare, atol=1e-3)
+    prompts.detach(network)
+    assert modules(network) == before
+    assert torch.equal(run(), bare)
+    assert all(torch.equal(p, weights[name]) for name, p in network.named_parameters())
+    assert list(weights) == [name for name, _ in network.named_parameters()]
+    assert not hasattr(network, "peft_config")
+    assert prompts.parameters(network) == {}
+
+
+@configs
+def test_prompts_are_low_rank_changes_of_the_weights(backbone: Backbone, run: Run, config: PromptConfig) -> None:
+    """``W + scale * B A`` by hand gives the same."""
+    network = backbone.denoiser
+    prompts.attach(network, config)
+    values = randomise(network)
+    prompted = run()
+    prompts.detach(network)
+    with torch.no_grad():
+        for name in prompts.targets(network, config):
+            up, down = values[f"{name}.lora_B.weight"], values[f"{name}.lora_A.weight"]
+            assert down.shape[0] == up.shape[1] == config.rank
+            network.get_submodule(name).weight += config.scale * up @ down
+    assert torch.allclose(run(), prompted, atol=1e-4)
+
+
+def test_targets(backbone: Backbone) -> None:
+    network = backbone.denoiser
+    cross = select_layers(network)
+    self_ = [name.replace("attn2", "attn1") for name in cross]
+    every = ("to_q", "to_k", "to_v", "to_out.0")
+    found = {key: set(prompts.targets(network, config)) for key, config in CONFIGS.items()}
+    assert found["all"] == {f"{n}.{p}" for n in [*cross, *self_] for p in every}
+    assert found["cross, query and key"] == {f"{n}.{p}" for n in cross for p in ("to_q", "to_k")}
+    assert found["self"] == {f"{n}.{p}" for n in self_ for p in every}
+    some = select_layers(network, ["mid_block", "up_blocks.0"])
+    assert found["some layers"] == {f"{n}.{p}" for n in some for p in every}
+    assert len(some) < len(cross)
+
+
+def test_only_prompts_learn(backbone: Backbone) -> None:
+    expected = len(prompts.targets(backbone.denoiser, PromptConfig(rank=2)))
+    prompts.attach(backbone.denoiser, PromptConfig(rank=2))
+    own = set(map(id, prompts.parameters(backbone.denoiser).values()))
+    assert len(own) == 2 * expected
+    for parameter in backbone.denoiser.parameters():
+        assert parameter.requires_grad == (id(parameter) in own)
+
+
+def test_initial_prompts_are_decided_by_the_seed(backbone: Backbone) -> None:
+    def initial(seed: int) -> dict[str, Tensor]:
+        prompts.attach(backbone.denoiser, PromptConfig(rank=2), seed)
+        found = prompts.state(backbone.denoiser)
+        prompts.detach(backbone.denoiser)
+        return found
+
+    a, b, c = initial(1), initial(1), initial(2)
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    assert any(not torch.equal(a[n], c[n]) for n in a)
+    assert all(not v.any() for n, v in a.items() if "lora_B" in n)
+
+
+def test_disabled_is_the_bare_model_for_a_while(backbone: Backbone, run: Run) -> None:
+    bare = run()
+    with prompts.disabled(backbone.denoiser):  # on a bare model, no change
+        assert torch.equal(run(), bare)
+    prompts.attach(backbone.denoiser, PromptConfig(rank=2))
+    randomise(backbone.denoiser)
+    prompted = run()
+    with suppress(KeyboardInterrupt), prompts.disabled(backbone.denoiser):
+        without = run()
+        raise KeyboardInterrupt
+    assert torch.allclose(without, bare, atol=1e-6)
+    assert torch.equal(run(), prompted)
+    assert not torch.allclose(prompted, bare, atol=1e-3)
+    assert all(p.requires_grad for p in prompts.parameters(backbone.denoiser).values())
+
+
+def test_prompts_do_not_stack(backbone: Backbone, run: Run) -> None:
+    prompts.attach(backbone.denoiser, PromptConfig(rank=2))
+    randomise(backbone.denoiser)
+    prompted = run()
+    with pytest.raises(AdapterError, match="already carries prompts"):
+        prompts.attach(backbone.denoiser, PromptConfig(rank=2))
+    assert torch.equal(run(), prompted)
+
+
+def test_detach_of_a_bare_model(backbone: Backbone, run: Run) -> None:
+    bare = run()
+    prompts.detach(backbone.denoiser)
+    assert torch.equal(run(), bare)
+
+
+def test_state_is_a_copy_that_can_be_set_again(backbone: Backbone, run: Run) -> None:
+    prompts.attach(backbone.denoiser, PromptConfig(rank=2))
+    randomise(backbone.denoiser, 1)
+    first, kept = run(), prompts.state(backbone.denoiser)
+    randomise(backbone.denoiser, 2)
+    assert not torch.equal(run(), first)
+    prompts.load_state(backbone.denoiser, kept)
+    assert torch.equal(run(), first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_prompts_learn_in_float32(pipe: Pipe, dtype: torch.dtype) -> None:
+    backbone = load_backbone(pipe(), dtype=dtype)
+    prompts.attach(backbone.denoiser, PromptConfig(rank=2))
+    assert {p.dtype for p in prompts.parameters(backbone.denoiser).values()} == {torch.float32}
+    assert {v.dtype for v in prompts.state(backbone.denoiser).values()} == {torch.float32}
+    with torch.no_grad():
+        noised, (text,) = torch.randn(1, 4, 8, 8), backbone.encode_texts(["cat"])
+        assert backbone.predict_noise(noised, torch.tensor([5]), text).isfinite().all()
+
+
+def missing(values: dict[str, Tensor]) -> None:
+    values.pop(next(iter(values)))
+
+
+def left_over(values: dict[str, Tensor]) -> None:
+    values["nonesuch.lora_A.weight"] = torch.zeros(2, 2)
+
+
+def another_shape(values: dict[str, Tensor]) -> None:
+    values[next(iter(values))] = torch.zeros(7, 7)
+
+
+@pytest.mark.parametrize("damage", [missing, left_over, another_shape])
+def test_state_of_another_model_is_refused(backbone: Backbone, damage: Callable[[dict[str, Tensor]], None]) -> None:
+    prompts.attach(backbone.denoiser, PromptConfig(rank=2))
+    values = prompts.state(backbone.denoiser)
+    damage(values)
+    with pytest.raises(AdapterError, match="made for") as error:
+        prompts.load_state(backbone.denoiser, values)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rank": 0},
+        {"rank": 2000},
+        {"projections": ()},
+        {"projections": ("to_q", "to_z")},
+        {"attention": "both"},
+        {"attention": "all", "layers": ("mid_block",)},
+    ],
+)
+def test_bad_configuration(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match="expected"):
+        PromptConfig(**options)
+
+
+def test_pattern_without_a_layer(backbone: Backbone) -> None:
+    with pytest.raises(OptionError, match="nonesuch"):
+        prompts.attach(backbone.denoiser, PromptConfig(attention="cross", layers=("nonesuch",)))
+    assert prompts.parameters(backbone.denoiser) == {}
+
+
+# The authors' format
+
+
+def authors(denoiser: nn.Module, rank: int = 2) -> dict[str, Tensor]:
+    """Random prompts for a network, named as the authors' code names them."""
+    values = {}
+    for name in prompts.targets(denoiser, PromptConfig()):
+        layer, _, projection = name.partition(".to_")
+        weight = denoiser.get_submodule(name).weight
+        stem = f"{layer}.processor.to_{projection.removesuffix('.0')}_lora"
+        values[f"{stem}.down.weight"] = torch.randn(rank, weight.shape[1])
+        values[f"{stem}.up.weight"] = torch.randn(weight.shape[0], rank)
+    return values
+
+
+def test_authors_format(backbone: Backbone, tmp_path: Path) -> None:
+    torch.save(authors(backbone.denoiser), tmp_path / "a.bin")
+    config, values = prompts.read_authors(tmp_path / "a.bin")
+    assert config == PromptConfig(rank=2)
+    prompts.attach(backbone.denoiser, config)
+    prompts.load_state(backbone.denoiser, values)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    published = torch.load(tmp_path / "a.bin")
+    attached = prompts.parameters(backbone.denoiser)
+    assert torch.equal(attached[f"{name}.to_q.lora_A.weight"], published[f"{name}.processor.to_q_lora.down.weight"])
+    assert torch.equal(attached[f"{name}.to_out.0.lora_B.weight"], published[f"{name}.processor.to_out_lora.up.weight"])
+
+
+class Malice:
+    """Would run code when unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return (print, ("code was run",))
+
+
+BAD = {
+    "code": Malice(),
+    "a list": [torch.zeros(1)],
+    "nothing": {},
+    "other names": {"conv.weight": torch.zeros(2, 2)},
+    "no tensor": {"a.processor.to_q_lora.down.weight": 3},
+    "a vector": {"a.processor.to_q_lora.down.weight": torch.zeros(4)},
+    "two ranks": {f"a.processor.to_{p}_lora.down.weight": torch.zeros(r, 4) for p, r in (("q", 2), ("k", 3))},
+}
+
+
+@pytest.mark.parametrize("content", BAD.values(), ids=BAD.keys())
+def test_bad_files_of_the_authors_format(tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(content, tmp_path / "a.bin")
+    with pytest.raises(AdapterError, match=r"a\.bin") as error:
+        prompts.read_authors(tmp_path / "a.bin")
+    assert "\n" not in str(error.value)
+    assert "code was run" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 no zip", b"not a pickle"])
+def test_broken_files_of_the_authors_format(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "a.bin").write_bytes(data)
+    with pytest.raises(AdapterError, match="cannot load safely"):
+        prompts.read_authors(tmp_path / "a.bin")
