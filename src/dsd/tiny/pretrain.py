@@ -501,6 +501,26 @@ def measure(pipeline: Path, count: int, levels: Sequence[world.Level] = world.LE
     return figures
 
 
+def draw_samples(pipeline: Path, caption: str, out: Path, count: int = 16) -> None:
+    """Draws ``count`` pictures of a caption with the stock pipeline (50 steps, guidance 5): one PNG, two rows."""
+    stock = StableDiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    images = stock(
+        [caption] * count,
+        num_inference_steps=50,
+        guidance_scale=5.0,
+        height=PIXELS,
+        width=PIXELS,
+        generator=torch.Generator().manual_seed(0),
+    ).images
+    side, gap, columns = 4 * PIXELS, 8, -(-count // 2)
+    sheet = Image.new("RGB", (columns * (side + gap) + gap, 2 * (side + gap) + gap), "white")
+    for i, image in enumerate(images):
+        at = (gap + i % columns * (side + gap), gap + i // columns * (side + gap))
+        sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), at)
+    sheet.save(out)
+
+
 def write_card(pipeline: Path, hardware: str) -> None:
     """Writes the model's card from the training record and the held-out figures beside the weights."""
     record = json.loads((pipeline / "training.json").read_text())
@@ -566,6 +586,7 @@ def main() -> None:
         figures = measure(folder / "pipeline", 300)
         write_text(folder / "pipeline" / "held_out.json", json.dumps(figures, indent=1) + "\n")
         write_card(folder / "pipeline", hardware)
+        draw_samples(folder / "pipeline", "a red circle above a blue square", folder / "samples.png")
 
 
 if __name__ == "__main__":
