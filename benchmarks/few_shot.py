@@ -91,9 +91,10 @@ def save(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         for r in rows
     ]
     columns = ("task", "metric", "score", "seed", "zero-shot", "taught", "gain", "fit seconds")
+    made = f"`python benchmarks/few_shot.py --out {options.out}`"
     text = (
         f"# Few-shot learning on the embedded model\n\n{options.shots} examples, {options.held_out} held-out examples, "
-        f"level `{options.level}`; 95 % intervals in brackets. Made by\n`python benchmarks/few_shot.py --out {options.out}`."
+        f"level `{options.level}`; 95 % intervals in brackets. Made by {made}."
         f"\n\n{table(shown, columns)}\n"
     )
     write_text(options.out.with_suffix(".md"), text)

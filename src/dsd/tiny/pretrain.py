@@ -75,7 +75,8 @@ class Recipe:
     easy_share: float = 0.6
     """Share of the samples after that which are drawn from scenes of one and two objects alone."""
     caption_dropout: float = 0.1
-    snr_clip: float = 8.0
+    weight_range: tuple[float, float] = (1.0, 8.0)
+    """Bounds of the noise loss's weight, which is 1/SNR between them."""
     ema: float = 0.999
 
 
@@ -431,15 +432,15 @@ def train_unet(recipe: Recipe, folder: Path, device: torch.device, until: float,
             states = encoder(ids).last_hidden_state
         z = latents[chosen].to(device)
         noise = torch.randn(z.shape, device=device)
-        # what stands where is decided in 300..900; a quarter of the draws keeps the rest of the schedule in use
+        # what stands where is decided in 200..900; a quarter of the draws keeps the rest of the schedule in use
         t = torch.where(
             torch.rand(n, device=device) < 0.75,
-            torch.randint(300, 900, (n,), device=device),
+            torch.randint(200, 900, (n,), device=device),
             torch.randint(0, 1000, (n,), device=device),
         )
         a = alphas[t][:, None, None, None]
         predicted = model(a.sqrt() * z + (1 - a).sqrt() * noise, t, states).sample
-        weight = ((1 - a) / a).clamp(0.2, recipe.snr_clip)
+        weight = ((1 - a) / a).clamp(*recipe.weight_range)
         loss = (weight * (predicted - noise).square()).mean()
         stage.step(loss, n)
         if stage.samples % (100 * n) == 0:
