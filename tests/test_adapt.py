@@ -680,7 +680,7 @@ def test_weights_that_do_not_fit_leave_the_model_bare(pipe: Pipe, taught: tuple[
 def test_authors_folder_brings_the_score_of_the_paper(pipe: Pipe, tmp_path: Path) -> None:
     backbone = load_backbone(pipe())
     state = {}
-    for name in prompts.targets(backbone.denoiser, LESSON):
+    for name in prompts.targets(backbone.denoiser, PromptConfig(attention="all")):
         layer, _, projection = name.partition(".to_")
         weight = backbone.denoiser.get_submodule(name).weight
         stem = f"{layer}.processor.to_{projection.removesuffix('.0')}_lora"

@@ -52,7 +52,7 @@ def modules(denoiser: nn.Module) -> list[tuple[str, type]]:
 
 
 CONFIGS = {
-    "all": PromptConfig(),
+    "all": PromptConfig(attention="all"),
     "cross, query and key": PromptConfig(rank=2, projections=("to_q", "to_k"), attention="cross"),
     "self": PromptConfig(rank=1, attention="self"),
     "some layers": PromptConfig(rank=3, attention="cross", layers=("mid_block", "up_blocks.0")),
@@ -236,7 +236,7 @@ def test_pattern_without_a_layer(backbone: Backbone) -> None:
 def authors(denoiser: nn.Module, rank: int = 2) -> dict[str, Tensor]:
     """Random prompts for a network, named as the authors' code names them."""
     values = {}
-    for name in prompts.targets(denoiser, PromptConfig()):
+    for name in prompts.targets(denoiser, PromptConfig(attention="all")):
         layer, _, projection = name.partition(".to_")
         weight = denoiser.get_submodule(name).weight
         stem = f"{layer}.processor.to_{projection.removesuffix('.0')}_lora"
@@ -248,7 +248,7 @@ def authors(denoiser: nn.Module, rank: int = 2) -> dict[str, Tensor]:
 def test_authors_format(backbone: Backbone, tmp_path: Path) -> None:
     torch.save(authors(backbone.denoiser), tmp_path / "a.bin")
     config, values = prompts.read_authors(tmp_path / "a.bin")
-    assert config == PromptConfig(rank=2)
+    assert config == PromptConfig(rank=2, attention="all")
     prompts.attach(backbone.denoiser, config)
     prompts.load_state(backbone.denoiser, values)
     name = "mid_block.attentions.0.transformer_blocks.0.attn2"

@@ -60,13 +60,13 @@ class FitConfig:
 
     objective: Objective = "softmax"
     margin: float = 0.1
-    steps: int = 400
+    steps: int = 200
     batch: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     weight_decay: float = 0.1
     validation: float = 0.25
     check_every: int = 25
-    patience: int = 6
+    patience: int = 4
     negatives: int = 2
     jitter: int = 50
     seed: int = 0

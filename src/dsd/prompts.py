@@ -42,7 +42,7 @@ class PromptConfig:
     rank: int = 4
     scale: float = 1.0
     projections: tuple[Projection, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    attention: Literal["cross", "self", "all"] = "all"
+    attention: Literal["cross", "self", "all"] = "cross"
     layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -194,4 +194,4 @@ def read_authors(path: Path) -> tuple[PromptConfig, dict[str, Tensor]]:
         ranks.add(tensor.shape[0] if side == "down" else tensor.shape[1])
     if len(ranks) != 1:
         raise AdapterError(f"{path}: got low-rank weights of ranks {sorted(ranks)}, expected one rank")
-    return PromptConfig(rank=ranks.pop()), values
+    return PromptConfig(rank=ranks.pop(), attention="all"), values
