@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from dsd.adapt import FitConfig
-from dsd.backbone import load_backbone
 from dsd.contracts import Example, OptionError
 from dsd.evaluate import Result, evaluate, write_text
 from dsd.matcher import Matcher
@@ -46,7 +45,7 @@ def run(out: str, *, shots: int = 128, held_out: int = 200, seed: int = 0) -> No
         raise OptionError(f"got {shots} shots and {held_out} held-out examples, expected 8 or more of each")
     start = time.perf_counter()
     folder = Path(out)
-    matcher = Matcher(load_backbone("tiny"), ScoreConfig("denoising", seed=seed))
+    matcher = Matcher.from_pretrained("tiny", score="denoising", seed=seed)
     timesteps = matcher.score_config.timesteps
 
     _say("1. Rank captions for a scene (denoising score, zero-shot)")

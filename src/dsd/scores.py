@@ -148,7 +148,7 @@ class ScoreConfig:
     """
 
     kind: str = "denoising"
-    timesteps: tuple[int, ...] = (450, 550, 650, 750, 850)
+    timesteps: tuple[int, ...] = (189, 389, 589, 789)
     layers: tuple[str, ...] | None = None
     weights: Mapping[str, float] | None = None
     seed: int = 0
