@@ -66,7 +66,7 @@ class FitConfig:
     weight_decay: float = 0.1
     validation: float = 0.25
     check_every: int = 25
-    patience: int = 4
+    patience: int = 8
     negatives: int = 2
     jitter: int = 50
     seed: int = 0
