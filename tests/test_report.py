@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dsd import report
 from dsd.contracts import Example, OptionError, Ranked
 from dsd.images import load_image
 from dsd.report import (
@@ -222,3 +223,11 @@ def test_overlay_of_odd_maps() -> None:
             overlay(picture("red"), heat)
     with pytest.raises(OptionError, match="alpha"):
         overlay(picture("red"), np.eye(2), alpha=1.5)
+
+
+@pytest.mark.parametrize("span", [0.0, 1e-6, 0.0859, 0.1, 0.4, 0.4999, 0.5, 0.99, 1.0, 4.3, 9.99, 10.0, 123.0])
+def test_ticks_enclose_every_range(span: float) -> None:
+    ticks = report._ticks(0.53125, 0.53125 + span)
+    assert 2 <= len(ticks) <= 6
+    assert ticks[0] <= 0.53125
+    assert ticks[-1] >= 0.53125 + span - 1e-9

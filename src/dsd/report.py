@@ -318,7 +318,7 @@ def _ticks(low: float, high: float) -> list[float]:
     if high - low < 1e-12:
         low, high = low - 0.5, high + 0.5
     size = 10.0 ** math.floor(math.log10(high - low))
-    step = next(s * size for s in (0.2, 0.25, 0.5, 1.0, 2.0) if (high - low) / (s * size) <= 4)
+    step = next(s * size for s in (0.25, 0.5, 1.0, 2.0, 2.5) if (high - low) / (s * size) <= 4)
     start, end = math.floor(low / step), math.ceil(high / step)
     return [round(k * step, 12) for k in range(start, end + 1)]
 
