@@ -44,8 +44,8 @@ class FitConfig:
     """How to learn.
 
     Attributes:
-        objective: ``hinge`` on the hardest negative (He et al. 2023, equation 5) or ``softmax`` over candidates.
-        margin: Of the hinge, in units of the score's spread (see ``Spread`` below).
+        objective: ``hinge`` on the hardest negative (He et al. 2023) or ``softmax`` over candidates.
+        margin: Of the hinge, in units of the score's spread on the first batch.
         steps: Optimizer steps at most.
         batch: Examples a step.
         learning_rate: Peak; falls to zero along a cosine.

@@ -1,6 +1,6 @@
 """Low-rank attention prompts: what few-shot learning adds to a frozen denoiser.
 
-He et al. 2023, section 3.2, learn a low-rank change of the query, key, value and output projections of the
+He et al. 2023, learn a low-rank change of the query, key, value and output projections of the
 attention layers; ``peft`` puts it there.
 """
 

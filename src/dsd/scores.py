@@ -74,7 +74,7 @@ def _mean_over_layers(records: Mapping[str, LayerRecord], what: Callable[[LayerR
 def attention(caption: Pass, empty: Pass | None = None) -> Float[Tensor, " n"]:
     """Mean over layers, heads and positions of the log-sum-exp over the caption's own tokens.
 
-    He et al. 2023, section 3.1, without its pooling of start, end and padding tokens, which lets caption length
+    He et al. 2023, without its pooling of start, end and padding tokens, which lets caption length
     leak into the score.
     """
     return _mean_over_layers(caption.records, lambda r: r.own)
