@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,6 +89,24 @@ def test_the_recipe_runs_from_pictures_to_a_stock_pipeline(tmp_path):
     assert np.isfinite(picture).all()
     figures = pretrain.measure(tmp_path / "pipeline", 2, ("easy",))
     assert figures["easy"]["overall"]["n"] == 6
+
+    # from the pipeline alone training goes on where it stopped, with the parts that are done as they are
+    further = replace(SMALL, unet_samples=64)
+    pretrain.adopt(tmp_path / "pipeline", tmp_path / "next")
+    stage = pretrain.train_unet(further, tmp_path / "next", CPU, float("inf"), measure_minutes=float("inf"))
+    assert (stage.began_at, stage.samples) == (48, 64)
+    for name in ("vae", "text_encoder"):
+        own, adopted = (getattr(pipeline, name).state_dict() for pipeline in (pipeline, _next(further, tmp_path)))
+        assert all(torch.equal(own[k], adopted[k]) for k in own)
+    pretrain.adopt(tmp_path / "pipeline", tmp_path / "next")  # what has been learned since is not thrown away
+    assert Stage("unet", tmp_path / "next", pretrain.build_unet(), 0, 1, CPU, 0).samples == 64
+
+
+def _next(recipe, folder):
+    from diffusers import StableDiffusionPipeline
+
+    pretrain.export(recipe, folder / "next", folder / "next" / "pipeline")
+    return StableDiffusionPipeline.from_pretrained(folder / "next" / "pipeline", dtype=torch.float32)
 
 
 def test_a_stopped_stage_ends_as_an_unbroken_one(tmp_path):

@@ -365,6 +365,7 @@ def adopt(pipeline: Path, folder: Path) -> None:
         pipeline: A folder written by :func:`export`.
         folder: Of the checkpoints.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     stock = StableDiffusionPipeline.from_pretrained(pipeline, dtype=torch.float32)
     done = json.loads((pipeline / "training.json").read_text())["stages"]
     text = nn.ModuleDict({"encoder": stock.text_encoder, "head": LayoutHead()})
@@ -434,7 +435,7 @@ def encode_pictures(vae: AutoencoderKL, images: np.ndarray, folder: Path, device
 
 
 def train_unet(
-    recipe: Recipe, folder: Path, device: torch.device, until: float, measure_minutes: float, compiled: bool
+    recipe: Recipe, folder: Path, device: torch.device, until: float, measure_minutes: float, compiled: bool = False
 ) -> Stage:
     vae = train_vae(recipe, folder, device, until).averaged()
     encoder = train_text(recipe, folder, device, until).averaged()["encoder"]  # type: ignore[index]
