@@ -155,6 +155,11 @@ def test_rankings_that_cannot_be(matcher: Matcher, query: Any, candidates: Any, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_query_image_that_is_missing_is_named(matcher: Matcher) -> None:
+    with pytest.raises(ImageError, match=r"none\.png"):
+        matcher.rank("none.png", ["a cat", "a dog"])
+
+
 # Probabilities
 
 

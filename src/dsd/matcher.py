@@ -21,7 +21,17 @@ import torch
 from dsd import prompts
 from dsd.adapt import Adapter, FitConfig, fit
 from dsd.backbone import Backbone, default_timesteps, load_backbone
-from dsd.contracts import AdapterError, Example, ImageInput, OptionError, Pair, Ranked, ScoreTable, image_name
+from dsd.contracts import (
+    AdapterError,
+    Example,
+    ImageError,
+    ImageInput,
+    OptionError,
+    Pair,
+    Ranked,
+    ScoreTable,
+    image_name,
+)
 from dsd.explain import WordMaps, word_maps
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
@@ -171,9 +181,17 @@ class Matcher:
         """Candidates for an image (captions) or for a caption (images), best first; equal scores keep their order.
 
         A string is an image if a file of that name exists.
+
+        Raises:
+            ImageError, TextError: If an image or caption cannot be scored; also if query and candidates are all texts.
         """
         if not candidates:
             raise OptionError("got no candidates, expected at least one")
+        if isinstance(query, str) and not any(not isinstance(c, str) or _is_file(c) for c in (query, *candidates)):
+            raise ImageError(
+                f"got no image file in {query!r} nor in any candidate, expected an image to rank texts for, or images "
+                "to rank for a text; check the path"
+            )
         if not isinstance(query, str) or _is_file(query):
             table = self.score([query], list(candidates), progress=progress)
             scores, names = table.scores[0], table.texts
