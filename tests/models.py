@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dsd import prompts
-from dsd.adapt import Adapter, fingerprint
+from dsd.adapters import Adapter, fingerprint
 from dsd.backbone import load_backbone
 from dsd.prompts import PromptConfig
 from dsd.scores import ScoreConfig
@@ -137,7 +137,7 @@ def picture(seed: int, size: int = PIXELS) -> Image.Image:
 
 
 def save_adapter(folder: Path, model: str, **values: Any) -> Path:
-    """An adapter with random prompts for a pipeline; ``values`` replace those of :class:`dsd.adapt.Adapter`."""
+    """An adapter with random prompts for a pipeline; ``values`` replace those of :class:`dsd.adapters.Adapter`."""
     backbone = load_backbone(model)
     base = fingerprint(backbone)
     config = PromptConfig(rank=2, attention="cross")

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from dsd import adapt, prompts
-from dsd.adapt import Adapter, FitConfig, choice_loss, fingerprint, fit, same_base, split
+from dsd.adapt import FitConfig, choice_loss, fit, split
+from dsd.adapters import Adapter, fingerprint, same_base
 from dsd.backbone import Backbone, TextStates, load_backbone
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
 from dsd.metrics import wins
@@ -608,8 +609,8 @@ def test_adapter_of_a_kept_zero_shot_score(pipe: Pipe, tmp_path: Path) -> None:
 
 def test_card_says_what_it_is(taught: tuple[Scorer, Adapter], tmp_path: Path, pipe: Pipe) -> None:
     text = (taught[1].save(tmp_path / "my-adapter") / "README.md").read_text()
-    assert text.startswith("# my-adapter\n")
-    for part in (pipe(), "`attention`", "20, 100", "rank 4", "12 to learn from, 8 to validate"):
+    assert "\n# my-adapter\n" in text
+    for part in (pipe(), "`attention`", "20, 100", "rank 4", "12 to learn from (checksum ", "8 to validate (checksum "):
         assert part in text
 
 

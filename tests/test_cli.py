@@ -392,6 +392,9 @@ def test_options_out_of_range(dsd: Command, image: Path, options: str, named: st
         "fit m.jsonl",
         "fit m.jsonl --out d --method magic",
         "fit m.jsonl --out d --adapter x",
+        "curve m.jsonl --held-out h.jsonl",
+        "curve comvg --out d --shots few",
+        "curve comvg --out d --adapter x",
         "eval",
         "eval comvg --level silly",
         "eval comvg --count many",
@@ -409,7 +412,7 @@ def test_arguments_that_make_no_command(dsd: Command, argv: str) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["score", "rank", "fit", "eval", "world", "explain", "demo"])
+@pytest.mark.parametrize("command", ["score", "rank", "fit", "curve", "eval", "export", "world", "explain", "demo"])
 def test_every_command_has_help(dsd: Command, command: str) -> None:
     status, out, err = dsd(command, "--help")
     assert (status, err) == (0, "")
@@ -693,6 +696,7 @@ def test_constants_are_the_librarys() -> None:
     from dsd.tiny.world import Level
 
     assert tuple(SCORES) == cli.SCORE_KINDS
+    assert get_args(adapt.Method) == cli.METHODS
     assert cli.WORLD_TASKS == WORLD_TASKS
     assert get_args(Level) == cli.LEVELS
     assert get_args(Split) == cli.SPLITS
@@ -701,7 +705,7 @@ def test_constants_are_the_librarys() -> None:
 HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "peft"}
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["score", "--help"], ["score"], ["nonesuch"]])
+@pytest.mark.parametrize("argv", [["--help"], ["score", "--help"], ["export", "--help"], ["score"], ["nonesuch"]])
 def test_help_loads_nothing_heavy(argv: list[str]) -> None:
     code = (
         "import sys; from dsd.cli import main\n"

@@ -15,7 +15,8 @@ from PIL import Image
 
 import dsd
 from dsd import adapt, prompts
-from dsd.adapt import Adapter, FitConfig
+from dsd.adapt import FitConfig
+from dsd.adapters import Adapter
 from dsd.contracts import AdapterError, Example, ImageError, MatcherProtocol, ModelError, OptionError, TextError
 from dsd.explain import WordMaps
 from dsd.matcher import Matcher

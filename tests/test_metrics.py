@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsd.contracts import Example, ManifestError
-from dsd.metrics import bootstrap_interval, evaluate_scores, outcomes, paired_difference, wins
+from dsd.metrics import bootstrap_interval, crossed_interval, evaluate_scores, outcomes, paired_difference, wins
 
 NAN, INF = np.nan, np.inf
 LEVELS = st.sampled_from([-INF, -1.0, 0.0, 0.5, 2.0, INF, NAN])
@@ -245,6 +245,48 @@ def test_intervals_of_nothing_are_refused(values: list[float]) -> None:
         bootstrap_interval(values)
     with pytest.raises(ValueError, match="resamples"):
         bootstrap_interval([1.0], 0, 0)
+
+
+@pytest.mark.parametrize(("spread", "noise"), [(0.3, 0.1), (0.1, 1.0), (0.0, 1.0)])
+def test_the_interval_over_repeats_and_examples_covers_both(spread: float, noise: float) -> None:
+    rng = np.random.default_rng(10)
+    hits = 0
+    for seed in range(200):
+        values = spread * rng.normal(size=(8, 1)) + noise * rng.normal(size=(1, 60)) + 0.2 * rng.normal(size=(8, 60))
+        value, low, high = crossed_interval(values, seed, 400)
+        assert value == pytest.approx(values.mean())
+        hits += low <= 0 <= high
+    assert hits >= 0.86 * 200
+
+
+def test_the_interval_over_repeats_that_agree_is_that_over_examples() -> None:
+    won = np.random.default_rng(11).random(50) < 0.7
+    one = crossed_interval(won[None].astype(float))
+    assert crossed_interval(np.tile(won, (3, 1)).astype(float)) == pytest.approx(one)
+    assert one == pytest.approx(bootstrap_interval(won.astype(float)), abs=0.03)
+
+
+def test_the_interval_over_repeats_is_not_too_narrow() -> None:
+    """Drawing as many repeats as there are gives the spread with the denominator n, which is a tenth less for five."""
+    repeats = np.random.default_rng(0).normal(size=5)
+    _, low, high = crossed_interval(np.tile(repeats[:, None], (1, 20)), resamples=20_000)
+    expected = 2 * 1.96 * repeats.std(ddof=1) / 5**0.5
+    assert high - low == pytest.approx(expected, rel=0.07)
+
+
+def test_many_examples_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(12).random((3, 40))
+    whole = crossed_interval(values, resamples=3000)
+    monkeypatch.setattr("dsd.metrics._CELLS", 100)
+    assert crossed_interval(values, resamples=3000) == pytest.approx(whole, abs=0.02)
+
+
+@pytest.mark.parametrize("values", [[], [[]], [1.0], [[1.0, NAN]]])
+def test_intervals_over_repeats_of_nothing_are_refused(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="got values"):
+        crossed_interval(values)
+    with pytest.raises(ValueError, match="resamples"):
+        crossed_interval([[1.0]], resamples=0)
 
 
 def test_paired_difference() -> None:

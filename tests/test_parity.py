@@ -11,7 +11,6 @@ import pytest
 
 from dsd import Matcher
 from dsd.cli import main
-from dsd.prompts import PromptConfig, read_authors
 
 TOLERANCE = 2e-5
 SIZE = 32
@@ -92,17 +91,3 @@ def test_an_adapter_of_the_authors_brings_the_score_of_the_paper(parity: Path) -
         str(parity / "pipe"), adapter=parity / "adapter", size=SIZE, noise=np.load(parity / "noise.npy")
     )
     assert np.abs(matcher.score(images(parity), texts).scores - expected).max() < TOLERANCE
-
-
-def test_official_adapter_is_read(shared: Path) -> None:
-    file = shared / "official" / "adapter" / "pytorch_model.bin"
-    if not file.is_file():
-        pytest.skip("needs the authors' adapter in ../shared/official")
-    config, state = read_authors(file)
-    assert config == PromptConfig(rank=4, attention="all")
-    projections = {name.rsplit(".lora_", 1)[0] for name in state}
-    assert len(projections) == 128
-    assert len(state) == 256
-    for name in projections:
-        down, up = state[f"{name}.lora_A.weight"], state[f"{name}.lora_B.weight"]
-        assert down.shape[0] == up.shape[1] == 4

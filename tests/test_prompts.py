@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,12 +50,22 @@ def modules(denoiser: nn.Module) -> list[tuple[str, type]]:
     return [(name, type(m)) for name, m in denoiser.named_modules()]
 
 
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 CONFIGS = {
     "all": PromptConfig(attention="all"),
     "cross, query and key": PromptConfig(rank=2, projections=("to_q", "to_k"), attention="cross"),
     "self": PromptConfig(rank=1, attention="self"),
     "some layers": PromptConfig(rank=3, attention="cross", layers=("mid_block", "up_blocks.0")),
     "half as strong": PromptConfig(scale=0.5),
+    "named": PromptConfig(
+        scale=2,
+        ranks={
+            f"{BLOCK}.attn2.to_q": 2,
+            f"{BLOCK}.attn1.to_out.0": 3,
+            f"{BLOCK}.ff.net.0.proj": 2,
+            f"{BLOCK}.ff.net.2": 1,
+        },
+    ),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
@@ -93,7 +102,7 @@ def test_prompts_are_low_rank_changes_of_the_weights(backbone: Backbone, run: Ru
     with torch.no_grad():
         for name in prompts.targets(network, config):
             up, down = values[f"{name}.lora_B.weight"], values[f"{name}.lora_A.weight"]
-            assert down.shape[0] == up.shape[1] == config.rank
+            assert down.shape[0] == up.shape[1] == (config.ranks or {}).get(name, config.rank)
             network.get_submodule(name).weight += config.scale * up @ down
     assert torch.allclose(run(), prompted, atol=1e-4)
 
@@ -110,6 +119,15 @@ def test_targets(backbone: Backbone) -> None:
     some = select_layers(network, ["mid_block", "up_blocks.0"])
     assert found["some layers"] == {f"{n}.{p}" for n in some for p in every}
     assert len(some) < len(cross)
+    assert found["named"] == set(CONFIGS["named"].ranks or {})
+
+
+@pytest.mark.parametrize("name", ["mid_block.nonesuch", "mid_block.resnets.0.norm1", "mid_block"])
+def test_names_without_a_place_for_prompts(backbone: Backbone, name: str) -> None:
+    config = PromptConfig(ranks={f"{BLOCK}.attn2.to_q": 2, name: 2})
+    with pytest.raises(AdapterError, match=f"1 of 2 modules .*{name}"):
+        prompts.attach(backbone.denoiser, config)
+    assert prompts.parameters(backbone.denoiser) == {}
 
 
 def test_only_prompts_learn(backbone: Backbone) -> None:
@@ -217,6 +235,8 @@ def test_state_of_another_model_is_refused(backbone: Backbone, damage: Callable[
         {"projections": ("to_q", "to_z")},
         {"attention": "both"},
         {"attention": "all", "layers": ("mid_block",)},
+        {"ranks": {}},
+        {"ranks": {"mid_block.resnets.0.conv1": 0}},
     ],
 )
 def test_bad_configuration(options: dict[str, Any]) -> None:
@@ -228,65 +248,3 @@ def test_pattern_without_a_layer(backbone: Backbone) -> None:
     with pytest.raises(OptionError, match="nonesuch"):
         prompts.attach(backbone.denoiser, PromptConfig(attention="cross", layers=("nonesuch",)))
     assert prompts.parameters(backbone.denoiser) == {}
-
-
-# The authors' format
-
-
-def authors(denoiser: nn.Module, rank: int = 2) -> dict[str, Tensor]:
-    """Random prompts for a network, named as the authors' code names them."""
-    values = {}
-    for name in prompts.targets(denoiser, PromptConfig(attention="all")):
-        layer, _, projection = name.partition(".to_")
-        weight = denoiser.get_submodule(name).weight
-        stem = f"{layer}.processor.to_{projection.removesuffix('.0')}_lora"
-        values[f"{stem}.down.weight"] = torch.randn(rank, weight.shape[1])
-        values[f"{stem}.up.weight"] = torch.randn(weight.shape[0], rank)
-    return values
-
-
-def test_authors_format(backbone: Backbone, tmp_path: Path) -> None:
-    torch.save(authors(backbone.denoiser), tmp_path / "a.bin")
-    config, values = prompts.read_authors(tmp_path / "a.bin")
-    assert config == PromptConfig(rank=2, attention="all")
-    prompts.attach(backbone.denoiser, config)
-    prompts.load_state(backbone.denoiser, values)
-    name = "mid_block.attentions.0.transformer_blocks.0.attn2"
-    published = torch.load(tmp_path / "a.bin")
-    attached = prompts.parameters(backbone.denoiser)
-    assert torch.equal(attached[f"{name}.to_q.lora_A.weight"], published[f"{name}.processor.to_q_lora.down.weight"])
-    assert torch.equal(attached[f"{name}.to_out.0.lora_B.weight"], published[f"{name}.processor.to_out_lora.up.weight"])
-
-
-class Malice:
-    """Would run code when unpickled."""
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
-        return (print, ("code was run",))
-
-
-BAD = {
-    "code": Malice(),
-    "a list": [torch.zeros(1)],
-    "nothing": {},
-    "other names": {"conv.weight": torch.zeros(2, 2)},
-    "no tensor": {"a.processor.to_q_lora.down.weight": 3},
-    "a vector": {"a.processor.to_q_lora.down.weight": torch.zeros(4)},
-    "two ranks": {f"a.processor.to_{p}_lora.down.weight": torch.zeros(r, 4) for p, r in (("q", 2), ("k", 3))},
-}
-
-
-@pytest.mark.parametrize("content", BAD.values(), ids=BAD.keys())
-def test_bad_files_of_the_authors_format(tmp_path: Path, content: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save(content, tmp_path / "a.bin")
-    with pytest.raises(AdapterError, match=r"a\.bin") as error:
-        prompts.read_authors(tmp_path / "a.bin")
-    assert "\n" not in str(error.value)
-    assert "code was run" not in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 no zip", b"not a pickle"])
-def test_broken_files_of_the_authors_format(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / "a.bin").write_bytes(data)
-    with pytest.raises(AdapterError, match="cannot load safely"):
-        prompts.read_authors(tmp_path / "a.bin")

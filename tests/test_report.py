@@ -17,12 +17,14 @@ from dsd.contracts import Example, OptionError, Ranked
 from dsd.images import load_image
 from dsd.report import (
     Comparison,
+    CurvePoint,
     HeldOut,
     Ranking,
     Training,
     WordMaps,
     demo_report,
     format_interval,
+    learning_curve_chart,
     overlay,
     table,
 )
@@ -231,3 +233,43 @@ def test_ticks_enclose_every_range(span: float) -> None:
     assert 2 <= len(ticks) <= 6
     assert ticks[0] <= 0.53125
     assert ticks[-1] >= 0.53125 + span - 1e-9
+
+
+CURVES = {
+    "even": [(0, 0.5), (4, 0.5), (16, 0.6), (64, 0.7), (256, 0.8)],
+    "crowded": [(0, 0.1), (1, 0.3), (2, 0.95), (3, 0.95), (1000, 0.95)],
+    "zero-shot alone": [(0, 0.5)],
+    "without zero-shot": [(4, 0.5), (16, 0.9)],
+    "one fit": [(0, 0.05), (7, 0.05)],
+}
+
+
+@pytest.mark.parametrize("values", CURVES.values(), ids=CURVES.keys())
+def test_learning_curves_are_drawn(tmp_path: Path, values: list[tuple[int, float]]) -> None:
+    points = [CurvePoint(shots, metric(value), (value - 0.04, value + 0.05)) for shots, value in values]
+    out = tmp_path / "new" / "curve.png"
+    learning_curve_chart(out, points, chance=0.5, title="A long title " * 20, note="a note")
+    assert [p.name for p in out.parent.iterdir()] == ["curve.png"]
+    with Image.open(out) as drawn:
+        pixels = np.asarray(drawn)
+    height, width, _ = pixels.shape
+    assert (pixels[:, :24] > 250).all()  # nothing is cut at the edges, the title neither
+    assert (pixels[:, width - 24 :] > 250).all()
+    blue = (pixels.astype(int) - (0x2F, 0x74, 0xBB)).__abs__().sum(2) < 12
+    columns = np.flatnonzero(blue[: height * 4 // 5].any(0))
+    assert len(columns)
+    # from the first to the last point
+    if len(values) > 1:
+        assert np.ptp(columns) > width / 2
+
+
+def test_places_on_the_axis_of_examples() -> None:
+    assert report._places([0, 4, 16, 64, 256]) == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert report._places([0, 10]) == [0, 1]
+    assert report._places([2, 4, 16]) == pytest.approx([0, 1 / 3, 1])
+    assert report._places([0]) == [0]
+
+
+def test_a_curve_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="cannot be written"):
+        learning_curve_chart(tmp_path, [CurvePoint(0, metric(0.5))], chance=0.5, title="t")

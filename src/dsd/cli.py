@@ -12,14 +12,18 @@ from typing import TYPE_CHECKING, Any
 from dsd.contracts import DsdError, OptionError
 
 if TYPE_CHECKING:
+    from dsd.adapt import FitConfig
     from dsd.contracts import Example
     from dsd.matcher import Matcher
+    from dsd.prompts import PromptConfig
 
 # Written out, for the lists live in modules that import torch; a test keeps them equal.
 SCORE_KINDS = ("attention", "attention-mass", "denoising", "paper", "paper-attention")
+METHODS = ("prompt", "weights", "heads", "prompt+heads", "prompt+weights")
 WORLD_TASKS = ("comvg", "refcocog", "vqa", "winoground")
 LEVELS = ("easy", "standard", "hard")
 SPLITS = ("few-shot", "val", "test")
+SHOTS = (0, 4, 16, 64, 256)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,13 +80,14 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("manifest", metavar="MANIFEST", help="JSONL or CSV of examples")
     fit.add_argument("--out", required=True, metavar="DIR", help="folder of the adapter")
     fit.add_argument("--val", metavar="MANIFEST", help="examples to stop by; default: a share of those to learn from")
-    fit.add_argument("--method", choices=("prompt",), default="prompt", help="what is learned (default: %(default)s)")
-    fit.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
-    fit.add_argument("--rank", type=int, default=4, help="rank of the prompts (default: %(default)s)")
-    fit.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
-    fit.add_argument("--learning-rate", type=float, metavar="LR")
+    _learning_options(fit)
     fit.add_argument("--resume", action="store_true", help="go on with a fit of the same request that was stopped")
     _model_options(fit, adapter=False)
+
+    export = add("export", _export, "Write an adapter's prompts for stock diffusers pipelines.", form=False)
+    export.add_argument("adapter", metavar="ADAPTER", help="what was learned, as --adapter takes it")
+    export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument("--format", choices=("lora",), default="lora", help="what is written (default: %(default)s)")
 
     evaluate = add("eval", _eval, "Measure a matcher on labelled examples, with 95 %% intervals.")
     evaluate.add_argument(
@@ -96,6 +101,29 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--out", metavar="FILE", help="also save the whole result, scores included, as JSON")
     _world_options(evaluate)
     _model_options(evaluate)
+
+    curve = add("curve", _curve, "Measure accuracy against the number of labelled examples, over several draws.")
+    curve.add_argument(
+        "manifest",
+        metavar="MANIFEST|TASK",
+        help=f"JSONL or CSV of examples to draw from, or a task of the world: {', '.join(WORLD_TASKS)}",
+    )
+    curve.add_argument("--held-out", metavar="MANIFEST", help="examples to measure on; a task brings its own")
+    curve.add_argument("--val", metavar="MANIFEST", help="examples to stop by; default: a share of those drawn")
+    curve.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of curve.json and curve.png; a curve that is there goes on"
+    )
+    curve.add_argument(
+        "--shots",
+        type=_integers,
+        default=SHOTS,
+        metavar="N,N,...",
+        help=f"numbers of examples (default: {','.join(map(str, SHOTS))})",
+    )
+    curve.add_argument("--seeds", type=int, default=3, metavar="N", help="draws of each number (default: %(default)s)")
+    _learning_options(curve)
+    _world_options(curve, split=False)
+    _model_options(curve, adapter=False)
 
     world = add("world", _world, "Draw a task of the procedural world: images and a manifest.", form=False)
     world.add_argument("task", choices=WORLD_TASKS)
@@ -119,12 +147,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _learning_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", choices=METHODS, default="prompt", help="what is learned (default: %(default)s)")
+    command.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
+    command.add_argument("--rank", type=int, default=4, help="rank of the prompts (default: %(default)s)")
+    command.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
+    command.add_argument("--learning-rate", type=float, metavar="LR")
+
+
 def _model_options(command: argparse.ArgumentParser, adapter: bool = True) -> None:
     group = command.add_argument_group("model and score")
     group.add_argument("--model", metavar="M", help="alias, hub name or folder (default: the adapter's base, or tiny)")
     if adapter:
         group.add_argument(
-            "--adapter", metavar="DIR", help="what was learned: a folder of ours or of the authors' format"
+            "--adapter", metavar="DIR", help="what was learned: a folder of ours or of the authors' format, or a LoRA"
         )
     group.add_argument("--score", choices=SCORE_KINDS, help="default: the adapter's, or denoising")
     steps = group.add_mutually_exclusive_group()
@@ -139,11 +175,13 @@ def _model_options(command: argparse.ArgumentParser, adapter: bool = True) -> No
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
 
-def _world_options(command: argparse.ArgumentParser) -> None:
+def _world_options(command: argparse.ArgumentParser, split: bool = True) -> None:
     group = command.add_argument_group("world")
-    group.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
+    if split:
+        group.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     group.add_argument("--level", choices=LEVELS, default="standard", help="default: %(default)s")
-    group.add_argument("--count", type=int, default=300, metavar="N", help="examples (default: %(default)s)")
+    what = "examples" if split else "held-out examples"
+    group.add_argument("--count", type=int, default=300, metavar="N", help=f"{what} (default: %(default)s)")
     group.add_argument("--novel", action="store_true", help="ask about the words that pretraining never saw")
 
 
@@ -231,21 +269,19 @@ def _rank(a: argparse.Namespace) -> None:
 
 
 def _fit(a: argparse.Namespace) -> None:
-    from dsd.adapt import FitConfig, check_out
-    from dsd.prompts import PromptConfig
+    from dsd.adapters import check_out
     from dsd.tasks import read_manifest
 
     examples = read_manifest(a.manifest)
     validation = None if a.val is None else read_manifest(a.val)
     check_out(a.out)  # not after hours of learning
-    given = {"steps": a.max_steps, "learning_rate": a.learning_rate, "seed": a.seed}
-    config = FitConfig(objective=a.objective, **{k: v for k, v in given.items() if v is not None})
+    config, prompt = _lesson(a)
     matcher = _matcher(a)
     matcher.fit(
         examples,
         validation,
         config=config,
-        prompt=PromptConfig(rank=a.rank),
+        prompt=prompt,
         progress=_watched(),
         checkpoint=f"{a.out.rstrip('/')}.checkpoint",
         resume=a.resume,
@@ -257,12 +293,29 @@ def _fit(a: argparse.Namespace) -> None:
         _print_json({"adapter": str(out), **training})
         return
     before, after = training["validation"]["before"], training["validation"]["after"]
-    _print(f"{out}: learned from {training['examples']} examples; on {training['validation_examples']} others:")
+    by_turns = a.method == "weights" and validation is None
+    judges = "on the same, held out by turns" if by_turns else f"on {training['validation_examples']} others"
+    _print(f"{out}: learned from {training['examples']} examples; {judges}:")
     _print_table(
         [{"": "zero-shot", "accuracy": f"{before:.3f}"}, {"": "learned", "accuracy": f"{after:.3f}"}], ("", "accuracy")
     )
     if not training["kept"]:
         print("Learning was not clearly better than the zero-shot score there, so the zero-shot score was kept.")
+
+
+def _lesson(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
+    from dsd.adapt import FitConfig
+    from dsd.prompts import PromptConfig
+
+    given = {"steps": a.max_steps, "learning_rate": a.learning_rate, "seed": a.seed}
+    config = FitConfig(method=a.method, objective=a.objective, **{k: v for k, v in given.items() if v is not None})
+    return config, PromptConfig(rank=a.rank)
+
+
+def _export(a: argparse.Namespace) -> None:
+    from dsd.adapters import Adapter
+
+    _print(str(Adapter.load(a.adapter).export(a.out)))
 
 
 def _eval(a: argparse.Namespace) -> None:
@@ -296,6 +349,62 @@ def _examples(a: argparse.Namespace) -> list[Example]:
             )
         return world_task(a.manifest, a.split, a.level, a.count, a.seed or 0, a.novel)
     return read_manifest(a.manifest, root=a.data)
+
+
+def _curve(a: argparse.Namespace) -> None:
+    from dsd.curve import PICTURE, learning_curve, world_sets
+    from dsd.report import format_interval
+    from dsd.tasks import read_manifest
+
+    if a.manifest in WORLD_TASKS and not os.path.exists(a.manifest):
+        if a.held_out is not None:
+            raise OptionError(
+                f"got --held-out with the world's {a.manifest}, expected a manifest to draw from; the world draws its "
+                "own held-out examples"
+            )
+        name = ", ".join((a.manifest, *(("novel",) if a.novel else ()), a.level))
+        pool, held_out = world_sets(
+            a.manifest, a.level, a.count, shots=a.shots, seeds=a.seeds, seed=a.seed or 0, novel=a.novel
+        )
+    else:
+        pool = read_manifest(a.manifest)
+        if a.held_out is None:
+            raise OptionError(f"got {a.manifest} without --held-out, expected a manifest of examples to measure on too")
+        held_out, name = read_manifest(a.held_out), os.path.basename(a.manifest)
+    validation = None if a.val is None else read_manifest(a.val)
+    config, prompt = _lesson(a)
+    curve = learning_curve(
+        _matcher(a),
+        pool,
+        held_out,
+        a.out,
+        shots=a.shots,
+        seeds=a.seeds,
+        validation=validation,
+        config=config,
+        prompt=prompt,
+        name=name,
+        announce=lambda text: print(f"dsd curve: {text}", file=sys.stderr, flush=True),
+        progress=_watched(),
+    )
+    if a.format == "json":
+        values = curve.to_dict()
+        for row in values["rows"]:
+            del row["outcomes"]
+        _print_json({"out": a.out, **values})
+        return
+    gain = "gain over zero-shot [95 %]"
+    rows = [
+        {
+            "examples": point.shots,
+            "accuracy [95 %]": format_interval(point.accuracy),
+            gain: "" if point.gain is None else "{value:+.3f} [{low:+.2f}, {high:+.2f}]".format(**point.gain),
+            "learning kept": f"{point.kept} of {point.fits} fits" if point.fits else "",
+        }
+        for point in curve.points
+    ]
+    _print_table(rows, tuple(rows[0]))
+    _print(os.path.join(a.out, PICTURE))
 
 
 def _world(a: argparse.Namespace) -> None:

@@ -148,7 +148,7 @@ def evaluate(matcher: MatcherProtocol, examples: Sequence[Example], *, progress:
         config=dict(matcher.config),
         dataset=dataset,
         seconds=seconds,
-        versions=_versions(),
+        versions=installed_versions(),
     )
 
 
@@ -193,7 +193,8 @@ def write_text(path: str | PathLike[str], text: str) -> None:
         raise OptionError(f"{path}: got a path that cannot be written ({reason}); choose another") from None
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(metadata.PackageNotFoundError):

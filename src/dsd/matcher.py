@@ -9,6 +9,7 @@ table.scores  # (1, 2), higher is better
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 
 from dsd import prompts
-from dsd.adapt import Adapter, FitConfig, fit
+from dsd.adapt import FitConfig, fit
+from dsd.adapters import Adapter
 from dsd.backbone import Backbone, default_timesteps, load_backbone
 from dsd.contracts import (
     AdapterError,
@@ -35,7 +37,7 @@ from dsd.contracts import (
 from dsd.explain import WordMaps, word_maps
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
-from dsd.scores import ScoreConfig
+from dsd.scores import WEIGHTED, ScoreConfig
 
 
 class Matcher:
@@ -70,8 +72,19 @@ class Matcher:
             score = score or adapter.score
             size = adapter.size if size is None else size
         score = score or ScoreConfig(timesteps=default_timesteps(backbone.name))
+        # weights belong to a lesson, and are learned from the denoising score on
+        self._first_score = replace(score, kind="denoising", layers=None) if score.kind == WEIGHTED else score
+        self._noise = None if noise is None else hashlib.blake2b(np.asarray(noise).tobytes(), digest_size=16)
         try:
-            self._scorer = Scorer(backbone, score, size=size, batch_size=batch_size, noise=noise)
+            weights = None
+            if adapter is not None and score.kind == WEIGHTED:
+                weights = adapter.weights
+                if (score.timesteps, score.layers) != (adapter.score.timesteps, adapter.score.layers):
+                    raise OptionError(
+                        f"got timesteps {score.timesteps} and layers {score.layers} with weights that were learned at "
+                        "others, expected those of the adapter; leave them out"
+                    )
+            self._scorer = Scorer(backbone, score, size=size, batch_size=batch_size, noise=noise, weights=weights)
         except BaseException:
             if adapter is not None:  # the backbone was bare, and is the caller's
                 prompts.detach(backbone.denoiser)
@@ -98,7 +111,8 @@ class Matcher:
         Args:
             model: An alias such as ``tiny`` or ``sd21-base``, a hub name, or a folder. Default: the adapter's base,
                 else ``tiny``.
-            adapter: A folder saved by :meth:`save_pretrained`, or one in the authors' format.
+            adapter: A folder saved by :meth:`save_pretrained`, one in the authors' format, or a LoRA (folder or
+                safetensors file).
             score: A name of :data:`dsd.scores.SCORES` or a whole configuration. Default: the adapter's, else
                 ``denoising``, the best zero-shot.
             timesteps, layers, seed: Override the score's own.
@@ -139,6 +153,7 @@ class Matcher:
             "layers": list(score.layers),
             "size": self._scorer.size,
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
+            "noise": None if self._noise is None else self._noise.hexdigest(),
             "adapter": None if self.adapter is None else {"training": dict(self.adapter.training)},
         }
 
@@ -228,8 +243,7 @@ class Matcher:
         progress: bool = False,
     ) -> Self:
         """Teaches the matcher from labelled examples; see :func:`dsd.adapt.fit`. An earlier lesson is forgotten."""
-        prompts.detach(self.backbone.denoiser)
-        self.adapter = None
+        self.forget()
         self.adapter = fit(
             self._scorer,
             examples,
@@ -240,7 +254,13 @@ class Matcher:
             resume=resume,
             progress=progress,
         )
-        self._scorer.use(self.adapter.score)
+        return self
+
+    def forget(self) -> Self:
+        """Takes away what was learned: the model is bare, and the score is the one that the matcher was made with."""
+        prompts.detach(self.backbone.denoiser)
+        self.adapter = None
+        self._scorer.use(self._first_score)
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:

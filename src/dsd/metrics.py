@@ -118,6 +118,39 @@ def bootstrap_interval(
     return float(array.mean()), float(low), float(high)
 
 
+def crossed_interval(
+    values: Sequence[Sequence[float]] | np.ndarray, seed: int = 0, resamples: int = 2000
+) -> tuple[float, float, float]:
+    """The mean of outcomes (repeats, examples) and its 95 % bootstrap interval over both: (value, low, high).
+
+    Every repeat sees the same examples, so repeats and examples are drawn anew independently of each other (the
+    pigeonhole bootstrap of Owen 2007). One repeat fewer is drawn than there are, or the spread over a few of them would
+    be underestimated (Rao and Wu 1988); a single one shows none.
+
+    Raises:
+        ValueError: There are no values, one is not finite, or ``resamples`` is less than 1.
+    """
+    array = np.asarray(values, float)
+    if array.ndim != 2:
+        raise ValueError(f"got values of shape {array.shape}, expected (repeats, examples)")
+    _finite(array.ravel())
+    if resamples < 1:
+        raise ValueError(f"got {resamples} resamples, expected at least 1")
+    repeats, examples = array.shape
+    drawn = max(1, repeats - 1)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CELLS // examples)
+    means = []
+    for start in range(0, resamples, chunk):
+        size = min(chunk, resamples - start)
+        # first, so that they are the same for any number of repeats
+        columns = rng.multinomial(examples, np.full(examples, 1 / examples), size=size) / examples
+        rows = rng.multinomial(drawn, np.full(repeats, 1 / repeats), size=size) / drawn
+        means.append(((rows @ array) * columns).sum(1))
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return float(array.mean()), float(low), float(high)
+
+
 def paired_difference(
     a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, seed: int = 0, resamples: int = 2000
 ) -> dict[str, float]:
@@ -140,6 +173,29 @@ def paired_difference(
     # the slack takes rounding for a tie, so that equal methods get p = 1
     extreme = np.count_nonzero(np.abs(means - value) >= abs(value) - 1e-12)
     return {"value": value, "low": float(low), "high": float(high), "p": (1 + extreme) / (1 + resamples)}
+
+
+def expected_calibration_error(
+    probabilities: Sequence[float] | np.ndarray, hits: Sequence[float] | np.ndarray, bins: int = 15
+) -> float:
+    """How far probabilities lie from what comes true: the mean over predictions of the gap within their bin.
+
+    Args:
+        probabilities: (n,) in 0..1, that a prediction is right.
+        hits: (n,) in 0..1, whether it is.
+        bins: Of equal width; the last holds 1, the others their lower edge.
+
+    Raises:
+        ValueError: The lengths differ, there are no values, one is outside 0..1, or ``bins`` is less than 1.
+    """
+    claimed, true = _finite(probabilities), _finite(hits)
+    if claimed.shape != true.shape or min(claimed.min(), true.min()) < 0 or max(claimed.max(), true.max()) > 1:
+        raise ValueError(f"got {len(claimed)} probabilities and {len(true)} hits, expected as many, all in 0..1")
+    if bins < 1:
+        raise ValueError(f"got {bins} bins, expected at least 1")
+    place = np.minimum((claimed * bins).astype(int), bins - 1)
+    gaps = np.abs(np.bincount(place, claimed - true, bins))
+    return float(gaps.sum() / len(claimed))
 
 
 def _check(examples: Sequence[Example], score_matrices: Sequence[np.ndarray]) -> None:

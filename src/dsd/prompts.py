@@ -7,11 +7,10 @@ attention layers; ``peft`` puts it there.
 from __future__ import annotations
 
 import math
-import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,6 +36,8 @@ class PromptConfig:
         projections: Which of a layer's projections are prompted.
         attention: ``cross`` for image-to-text layers, ``self`` for image-to-image ones, or ``all``.
         layers: Patterns of cross-attention layers, as in :class:`dsd.scores.ScoreConfig`; for ``cross`` alone.
+        ranks: Names of modules of the denoiser and the rank of each, for prompts that others placed; the fields above,
+            except the scale, then count for nothing.
     """
 
     rank: int = 4
@@ -44,16 +45,20 @@ class PromptConfig:
     projections: tuple[Projection, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     attention: Literal["cross", "self", "all"] = "cross"
     layers: tuple[str, ...] | None = None
+    ranks: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rank <= 1024:
-            raise OptionError(f"got rank {self.rank}, expected 1 to 1024")
+        for rank in (self.rank, *(self.ranks or {}).values()):
+            if not 1 <= rank <= 1024:
+                raise OptionError(f"got rank {rank}, expected 1 to 1024")
         if not self.projections or not set(self.projections) <= set(get_args(Projection)):
             raise OptionError(f"got projections {self.projections}, expected some of {get_args(Projection)}")
         if self.attention not in ("cross", "self", "all"):
             raise OptionError(f"got attention {self.attention!r}, expected cross, self or all")
         if self.layers is not None and self.attention != "cross":
             raise OptionError(f"got layers with attention {self.attention!r}, expected them with attention 'cross'")
+        if self.ranks is not None and not self.ranks:
+            raise OptionError("got ranks of no module, expected at least one")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PromptConfig:
@@ -63,7 +68,21 @@ class PromptConfig:
 
 
 def targets(denoiser: nn.Module, config: PromptConfig) -> list[str]:
-    """Names of the linear maps that the prompts change."""
+    """Names of the modules that the prompts change.
+
+    Raises:
+        AdapterError: If ``config`` names modules that the denoiser lacks, or that cannot be prompted.
+    """
+    if config.ranks is not None:
+        modules = dict(denoiser.named_modules())
+        strange = [name for name in config.ranks if not isinstance(modules.get(name), nn.Linear | nn.Conv2d)]
+        if strange:
+            raise AdapterError(
+                f"got prompts for {len(strange)} of {len(config.ranks)} modules that this model has no place for (such "
+                f"as {strange[0]}), expected linear maps and convolutions of it; load the adapter onto the base model "
+                "that it was made for"
+            )
+        return list(config.ranks)
     cross = set(select_layers(denoiser, config.layers))
     layers = [
         name
@@ -75,17 +94,30 @@ def targets(denoiser: nn.Module, config: PromptConfig) -> list[str]:
     return [f"{layer}.{projection}" for layer in layers for projection in config.projections]
 
 
+def lora_options(ranks: Mapping[str, int], scale: float = 1.0) -> dict[str, Any]:
+    """The options of ``peft.LoraConfig`` that put a change of each rank, times ``scale``, onto each named module."""
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    other = {f"^{name}": rank for name, rank in ranks.items() if rank != common}  # ^: not at the end of longer names
+    return {
+        "r": common,
+        "lora_alpha": round(common * scale, 6),
+        "target_modules": list(ranks),
+        "rank_pattern": other,
+        "alpha_pattern": {name: round(rank * scale, 6) for name, rank in other.items()},
+    }
+
+
 def attach(denoiser: nn.Module, config: PromptConfig, seed: int = 0) -> None:
     """Adds prompts that change nothing yet; :func:`parameters` are then ready to learn.
 
     Raises:
-        AdapterError: If the denoiser already carries prompts.
+        AdapterError: If the denoiser already carries prompts, or lacks modules that ``config`` names.
     """
     if any(_layers(denoiser)):
         raise AdapterError("got a model that already carries prompts, expected a bare one; load the model anew")
     names = targets(denoiser, config)
-    lora = LoraConfig(r=config.rank, lora_alpha=round(config.rank * config.scale, 6), target_modules=names)
-    inject_adapter_in_model(lora, denoiser, adapter_name=_ADAPTER)
+    ranks = config.ranks or dict.fromkeys(names, config.rank)
+    inject_adapter_in_model(LoraConfig(**lora_options(ranks, config.scale)), denoiser, adapter_name=_ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for _, layer in _layers(denoiser):
@@ -163,35 +195,3 @@ def disabled(denoiser: nn.Module) -> Iterator[None]:
 
 def _layers(denoiser: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     return ((n, m) for n, m in denoiser.named_modules() if isinstance(m, LoraLayer) and _ADAPTER in m.lora_A)
-
-
-_AUTHORS = re.compile(r"(.+)\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight")
-
-
-def read_authors(path: Path) -> tuple[PromptConfig, dict[str, Tensor]]:
-    """Prompts in the format that the paper's authors publish: a torch file of attention-processor LoRA weights.
-
-    Raises:
-        AdapterError: If the file cannot be read, or holds anything else.
-    """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the unpickler makes of it
-        raise AdapterError(
-            f"{path}: got a file that torch cannot load safely ({type(error).__name__}), expected tensors"
-        ) from None
-    values: dict[str, Tensor] = {}
-    ranks = set()
-    for name, tensor in found.items() if isinstance(found, dict) else ():
-        match = _AUTHORS.fullmatch(str(name))
-        if match is None or not isinstance(tensor, Tensor) or tensor.ndim != 2:
-            raise AdapterError(
-                f"{path}: got {name!r}, expected low-rank attention weights named *.to_q_lora.down.weight and so on"
-            )
-        layer, projection, side = match.groups()
-        projection = "to_out.0" if projection == "to_out" else projection
-        values[f"{layer}.{projection}.lora_{'A' if side == 'down' else 'B'}.weight"] = tensor.float()
-        ranks.add(tensor.shape[0] if side == "down" else tensor.shape[1])
-    if len(ranks) != 1:
-        raise AdapterError(f"{path}: got low-rank weights of ranks {sorted(ranks)}, expected one rank")
-    return PromptConfig(rank=ranks.pop(), attention="all"), values

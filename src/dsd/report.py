@@ -11,12 +11,13 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from dsd.contracts import Example, ImageInput, OptionError, Ranked
 from dsd.evaluate import Metric, write_text
@@ -82,6 +83,15 @@ class Training:
 
     facts: Mapping[str, Any] = field(default_factory=dict)
     curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The accuracy at one number of examples: the mean with its interval, and each repeat's own."""
+
+    shots: int
+    accuracy: Metric
+    repeats: Sequence[float] = ()
 
 
 def format_interval(metric: Metric) -> str:
@@ -348,11 +358,161 @@ def word_sheet(path: str | PathLike[str], image: ImageInput, words: Sequence[tup
         x, y = margin + i % columns * (side + margin), margin + i // columns * (side + margin + line)
         sheet.paste(tile, (x, y))
         draw.text((x + side / 2, y + side + 5), word, fill=(20, 20, 20), anchor="mt", font_size=17)
+    _save_png(path, sheet)
+
+
+def learning_curve_chart(
+    path: str | PathLike[str], points: Sequence[CurvePoint], *, chance: float, title: str, note: str = ""
+) -> None:
+    """Draws accuracy against the number of examples, as a PNG.
+
+    The axis is logarithmic with 0 at its left, set off by a break. The zero-shot accuracy, where there is a point of
+    no examples, and chance are lines across.
+
+    Args:
+        path: Where to; folders are made as needed.
+        points: At least one, in the order of ``shots``.
+        chance: What a blind guess wins.
+        title: Heading.
+        note: A line below it; each is cut where it does not fit.
+
+    Raises:
+        OptionError: The file cannot be written.
+    """
+    picture = Image.new("RGB", (_WIDE * _DRAWN, _HIGH * _DRAWN), _PAPER)
+    pen = _Pen(ImageDraw.Draw(picture))
+    left, right, top, bottom = 64, _WIDE - 132, 106, _HIGH - 64
+    pen.text(20, 24, title, "lt", size=18, colour=_INK, width=_WIDE - 40)
+    pen.text(20, 50, note, "lt", size=12.5, width=_WIDE - 40)
+
+    low = min(chance, *(min(p.accuracy["low"], *p.repeats, 1.0) for p in points))
+    high = max(chance, *(max(p.accuracy["high"], *p.repeats, 0.0) for p in points))
+    ticks = [t for t in _ticks(low, high) if 0 <= t <= 1]
+    start, span = min(low, ticks[0]), max(high, ticks[-1]) - min(low, ticks[0])
+
+    def height(value: float) -> float:
+        return bottom - (bottom - top) * (value - start) / span
+
+    inner = 30  # whiskers keep off the ends of the axis
+    places = [left + inner + (right - left - 2 * inner) * share for share in _places([p.shots for p in points])]
+    for tick in ticks:
+        pen.line((left, height(tick)), (right, height(tick)), _RULE)
+        pen.text(left - 10, height(tick), f"{tick:.4g}", "rm")
+    pen.text(20, top - 20, "accuracy", "lm")
+    pen.text((left + right) / 2, bottom + 44, "labelled examples", "mm")
+
+    levels = [("chance", chance, _SOFT)]
+    if points[0].shots == 0:
+        zero = points[0].accuracy
+        pen.box((left, height(zero["high"])), (right, height(zero["low"])), _WASH)
+        levels.append(("zero-shot", zero["value"], _INK))
+    levels.sort(key=lambda level: level[1])
+    for i, (name, value, colour) in enumerate(levels):
+        pen.line((left, height(value)), (right, height(value)), colour, dash=2 if name == "chance" else 6)
+        shift = 0.0  # two labels of nearly one height part
+        if len(levels) == 2:
+            shift = max(0.0, 18 - abs(height(levels[0][1]) - height(levels[1][1]))) / 2 * (1 if i == 0 else -1)
+        pen.text(right + 10, height(value) + shift, f"{name} {value:.3f}", "lm", colour=colour)
+
+    pen.line((left, bottom), (right, bottom), _SOFT, 1.25)
+    if points[0].shots == 0 and len(points) > 1:
+        middle = (places[0] + places[1]) / 2
+        pen.box((middle - 3, bottom - 2), (middle + 3, bottom + 2), _PAPER)
+        for x in (middle - 3, middle + 3):
+            pen.line((x - 3, bottom + 6), (x + 3, bottom - 6), _SOFT, 1.25)
+    for (x, a), (y, b) in pairwise(zip(places, points, strict=True)):
+        pen.line((x, height(a.accuracy["value"])), (y, height(b.accuracy["value"])), _BLUE, 2)
+    numbered = -math.inf
+    for x, point in zip(places, points, strict=True):
+        ends = height(point.accuracy["low"]), height(point.accuracy["high"])
+        pen.line((x, ends[0]), (x, ends[1]), _BLUE, 1.5)
+        for y in ends:
+            pen.line((x - 5, y), (x + 5, y), _BLUE, 1.5)
+        for i, value in enumerate(point.repeats):
+            pen.dot((x + 11 + 5 * (i % 2), height(value)), 2.5, _PALE)
+        pen.dot((x, height(point.accuracy["value"])), 5, _BLUE)
+        if x - numbered < 46:  # a number for each would run together
+            continue
+        numbered = x
+        pen.text(x, bottom + 20, f"{point.shots:,}", "mm", colour=_INK)
+        if point.shots:
+            highest = min(ends[1], *(height(v) for v in point.repeats), math.inf)
+            pen.text(x, highest - 11, f"{point.accuracy['value']:.3f}", "mm", colour=_BLUE)
+    # drawn larger and shrunk, for smooth edges
+    _save_png(path, picture.resize((2 * _WIDE, 2 * _HIGH), Image.Resampling.LANCZOS))
+
+
+_WIDE, _HIGH = 760, 476
+_DRAWN = 4
+_PAPER, _INK, _SOFT, _RULE, _WASH = "#ffffff", "#1b1d22", "#5b606b", "#dedfe0", "#f1f1ee"
+_BLUE, _PALE = "#2f74bb", "#9cc3ea"
+
+
+@dataclass(frozen=True)
+class _Pen:
+    """Draws in units of the finished chart."""
+
+    draw: ImageDraw.ImageDraw
+
+    def line(
+        self, a: tuple[float, float], b: tuple[float, float], colour: str, width: float = 1, dash: float = 0
+    ) -> None:
+        length = math.dist(a, b)
+        count = max(1, math.ceil(length / (2 * dash))) if dash else 1
+        part = min(1.0, dash / length) if dash and length else 1.0
+        for k in range(count):
+            ends = [2 * k * part, min(1.0, (2 * k + 1) * part)]
+            points = [_DRAWN * (p + (q - p) * share) for share in ends for p, q in zip(a, b, strict=True)]
+            self.draw.line(points, fill=colour, width=round(width * _DRAWN))
+
+    def box(self, a: tuple[float, float], b: tuple[float, float], colour: str) -> None:
+        self.draw.rectangle([_DRAWN * v for v in (*a, *b)], fill=colour)
+
+    def dot(self, at: tuple[float, float], radius: float, colour: str) -> None:
+        x, y = at
+        ends = (x - radius, y - radius, x + radius, y + radius)
+        self.draw.ellipse([_DRAWN * v for v in ends], fill=colour, outline=_PAPER, width=_DRAWN)
+
+    def text(
+        self,
+        x: float,
+        y: float,
+        text: str,
+        anchor: str,
+        *,
+        size: float = 13,
+        colour: str = _SOFT,
+        width: float = math.inf,
+    ) -> None:
+        font = ImageFont.load_default(size * _DRAWN)
+        if font.getlength(text) > width * _DRAWN:
+            while text and font.getlength(f"{text}...") > width * _DRAWN:
+                text = text[:-1]
+            text = f"{text}..."
+        # the rim keeps numbers legible across a line
+        rim = _DRAWN if colour == _BLUE else 0
+        at = (x * _DRAWN, y * _DRAWN)
+        self.draw.text(at, text, fill=colour, anchor=anchor, font=font, stroke_width=rim, stroke_fill=_PAPER)
+
+
+def _places(shots: Sequence[int]) -> list[float]:
+    """Where numbers of examples stand on an axis of 0..1: 0 at its start, the others by their logarithm."""
+    logs = [math.log(n) for n in shots if n]
+    if not logs:
+        return [0.0] * len(shots)
+    # as wide as a step between the others, where those are even
+    gap = 1 / len(logs) if 0 in shots else 0.0
+    span = max(logs) - min(logs)
+    return [(gap + (1 - gap) * (math.log(n) - min(logs)) / span if span else 1.0) if n else 0.0 for n in shots]
+
+
+def _save_png(path: str | PathLike[str], picture: Image.Image) -> None:
+    """Writes a PNG whole or not at all, making folders as needed."""
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{target.name}.part")
-        sheet.save(part, "PNG")
+        picture.save(part, "PNG")
         part.replace(target)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written ({error.strerror}), expected a path to a new PNG") from None

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import DsdError, ImageInput, ModelError, OptionError, Pair, TextError, batched
 from dsd.images import content_hash, load_image, resize_crop
-from dsd.scores import Pass, Score, ScoreConfig, noised_pass
+from dsd.scores import Features, Pass, Score, ScoreConfig, noised_pass
 
 V = TypeVar("V")
 
@@ -55,6 +55,7 @@ class Scorer:
         size: Pixels a side; pictures are resized (shorter side) and centre-cropped to it. Default: the model's own.
         batch_size: Rows a pass; halved whenever memory runs out. Default: by the latent's size.
         noise: (timesteps, c, h, w) in the order of ``config.timesteps``, instead of noise from ``config.seed``.
+        weights: (timesteps, features) for a ``weighted`` score.
 
     Raises:
         OptionError: If size, batch size or noise do not fit.
@@ -73,6 +74,7 @@ class Scorer:
         size: int | None = None,
         batch_size: int | None = None,
         noise: np.ndarray | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         self.backbone = backbone
         self.size = backbone.image_size if size is None else size
@@ -85,11 +87,11 @@ class Scorer:
         self._latents: Cache[Latents] = Cache(4096)
         self._texts: Cache[TextStates] = Cache(4096)
         self._given = noise
-        self.use(config)
+        self.use(config, weights)
 
-    def use(self, config: ScoreConfig) -> None:
+    def use(self, config: ScoreConfig, weights: Tensor | None = None) -> None:
         """Changes the score; encoded images and captions are kept."""
-        self.score = Score(self.backbone, config)
+        self.score = Score(self.backbone, config, weights)
         shape = (len(config.timesteps), *self.backbone.latent_shape(self.size))
         if self._given is None:
             self.noise = common_noise(shape[1:], shape[0], config.seed).to(self.backbone.device)
@@ -162,23 +164,72 @@ class Scorer:
         parts: dict[str, list[np.ndarray]] = {kind: [] for kind in self.score.terms}
         with tqdm(total=len(pairs) * steps, desc="scoring", unit="pass", disable=not progress) as bar:
             for chunk in batched(pairs, self.CHUNK):
-                made = self._chunk(chunk, bar)
-                for kind, values in made.items():
+                for kind, values in self._chunk(chunk, bar).items():
                     parts[kind].append(values)
         table = {k: np.concatenate(v) if v else np.zeros(0, np.float32) for k, v in parts.items()}
         total = np.zeros(len(pairs), np.float32)
         for kind, values in table.items():
             total += np.float32(self.score.terms[kind]) * values
-        if not np.isfinite(total).all():
-            first = pairs[int(np.flatnonzero(~np.isfinite(total))[0])]
+        self._check_finite(pairs, np.isfinite(total))
+        return total, table
+
+    def features(
+        self, pairs: Sequence[Pair], features: Features, draws: int = 1, *, progress: bool = False
+    ) -> Float[np.ndarray, "draws n timesteps features"]:
+        """The features of each pair, under the scorer's own noise and then under ``draws - 1`` further draws of it.
+
+        Raises:
+            ImageError, TextError: If an image or caption cannot be scored.
+            ModelError: If the model gives numbers that are not finite.
+        """
+        for _, text in pairs:
+            check_text(text)
+        config = self.score.config
+        steps = len(config.timesteps)
+        found = np.zeros((draws, len(pairs), steps, len(features.names)), np.float32)
+        with tqdm(total=draws * len(pairs) * steps, desc="features", unit="pass", disable=not progress) as bar:
+            for draw in range(draws):
+                fresh = common_noise(self.backbone.latent_shape(self.size), steps, (config.seed + draw) % 2**63)
+                noise = fresh.to(self.backbone.device) if draw else self.noise
+                for start in range(0, len(pairs), self.CHUNK):
+                    rows = found[draw, start : start + self.CHUNK]
+
+                    def take(index: list[int], step: Tensor, made: Pass, empty: Pass | None, rows: Any = rows) -> None:
+                        rows[index, step.cpu().numpy()] = features(made, empty).cpu().numpy()
+
+                    self._passes(pairs[start : start + self.CHUNK], features, noise, take, bar)
+        self._check_finite(pairs, np.asarray(np.isfinite(found).all((0, 2, 3))))
+        return found
+
+    def _check_finite(self, pairs: Sequence[Pair], finite: np.ndarray) -> None:
+        if not finite.all():
+            first = pairs[int(np.flatnonzero(~finite)[0])]
             raise ModelError(
                 f"got a score that is not finite for the caption {first[1]!r}; "
                 f"{self.backbone.name} overflows in {self.backbone.dtype}, try dtype float32"
             )
-        return total, table
+
+    def _chunk(self, pairs: Sequence[Pair], bar: Any) -> dict[str, np.ndarray]:
+        count = len(self.score.config.timesteps)
+        sums = {kind: torch.zeros(len(pairs), dtype=torch.float64) for kind in self.score.terms}
+
+        def take(index: list[int], step: Tensor, made: Pass, empty: Pass | None) -> None:
+            for kind, values in self.score.parts(made, empty, step).items():
+                sums[kind].index_add_(0, torch.tensor(index), values.double().cpu())
+
+        self._passes(pairs, self.score, self.noise, take, bar)
+        return {kind: (total / count).float().numpy() for kind, total in sums.items()}
 
     @torch.no_grad()
-    def _chunk(self, pairs: Sequence[Pair], bar: Any) -> dict[str, np.ndarray]:
+    def _passes(
+        self,
+        pairs: Sequence[Pair],
+        what: Score | Features,
+        noise: Tensor,
+        take: Callable[[list[int], Tensor, Pass, Pass | None], None],
+        bar: Any,
+    ) -> None:
+        """Hands every pair at every timestep to ``take``: pairs, timesteps, passes under captions and the empty one."""
         # the same object or path is read once, whatever it holds
         places: dict[Hashable, int] = {}
         images: list[ImageInput] = []
@@ -191,8 +242,7 @@ class Scorer:
         texts = self.texts([text for _, text in pairs])
         timesteps = torch.tensor(self.score.config.timesteps, device=self.backbone.device)
         count = len(timesteps)
-        empty = self._empty_passes(latents, timesteps)
-        sums = {kind: torch.zeros(len(pairs), dtype=torch.float64) for kind in self.score.terms}
+        empty = self._empty_passes(latents, timesteps, what, noise)
 
         # a pass takes captions of one length only, so that nothing is padded for another's sake
         lengths: dict[int, list[tuple[int, int]]] = {}
@@ -208,20 +258,18 @@ class Scorer:
                 step = torch.tensor([s for _, s in part], device=latents.device)
                 z = latents[[image_of[i] for i in index]]
                 text = TextStates.join([texts[i] for i in index])
-                made = noised_pass(self.backbone, z, self.noise[step], timesteps[step], text, self.score.layers)
+                made = noised_pass(self.backbone, z, noise[step], timesteps[step], text, what.layers)
                 other = None if empty is None else empty.rows([image_of[i] * count + s for i, s in part])
-                for kind, values in self.score.parts(made, other).items():
-                    sums[kind].index_add_(0, torch.tensor(index), values.double().cpu())
+                take(index, step, made, other)
                 done += len(part)
                 bar.update(len(part))
 
             while done < len(items):
                 self._fit_memory(run)
-        return {kind: (total / count).float().numpy() for kind, total in sums.items()}
 
-    def _empty_passes(self, latents: Latents, timesteps: Tensor) -> Pass | None:
+    def _empty_passes(self, latents: Latents, timesteps: Tensor, what: Score | Features, noise: Tensor) -> Pass | None:
         """Passes under the empty caption, once for each image and timestep: row ``image * timesteps + timestep``."""
-        if not self.score.needs_empty:
+        if not what.needs_empty:
             return None
         (blank,) = self.backbone.encode_texts([""])
         total = len(latents) * len(timesteps)
@@ -234,9 +282,7 @@ class Scorer:
             image, step = index // len(timesteps), index % len(timesteps)
             text = blank.select([0] * len(index))
             made.append(
-                noised_pass(
-                    self.backbone, latents[image], self.noise[step], timesteps[step], text, self.score.empty_layers
-                )
+                noised_pass(self.backbone, latents[image], noise[step], timesteps[step], text, what.empty_layers)
             )
             done += len(index)
 

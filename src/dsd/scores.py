@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import OptionError
-from dsd.probe import LayerRecord, Probe, paper_layers, select_layers
+from dsd.probe import LayerRecord, Probe, cross_attention_layers, paper_layers, select_layers
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,10 @@ SCORES: dict[str, ScoreKind] = {
     "paper": ScoreKind(paper, attention=True, empty=True, layers=paper_layers),
     "paper-attention": ScoreKind(paper_attention, attention=True, empty=True, layers=paper_layers),
 }
-"""All scores by name. ``mixture`` is a weighted sum of some of them."""
+"""All scores by name. ``mixture`` is a weighted sum of some of them, ``weighted`` one of :class:`Features`."""
 
 MIXTURE = "mixture"
+WEIGHTED = "weighted"
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class ScoreConfig:
     """What to compute for a pair.
 
     Attributes:
-        kind: A name of :data:`SCORES`, or ``mixture``.
+        kind: A name of :data:`SCORES`, ``mixture``, or ``weighted``, whose weights are learned (:mod:`dsd.adapt`).
         timesteps: Integers on the model's training grid; the score is the mean over them.
         layers: Patterns of cross-attention layers (see :func:`dsd.probe.select_layers`); None: the kind's own.
         weights: For ``mixture``: the weight of each score in the sum.
@@ -154,8 +155,8 @@ class ScoreConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in (*SCORES, MIXTURE):
-            raise OptionError(f"got score {self.kind!r}, expected one of {', '.join((*SCORES, MIXTURE))}")
+        if self.kind not in (*SCORES, MIXTURE, WEIGHTED):
+            raise OptionError(f"got score {self.kind!r}, expected one of {', '.join((*SCORES, MIXTURE, WEIGHTED))}")
         if (self.kind == MIXTURE) != bool(self.weights):
             raise OptionError(
                 f"got score {self.kind!r} with weights {self.weights}, expected weights for mixture alone"
@@ -186,22 +187,101 @@ def even_timesteps(steps: int, low: int = 0, high: int = 1000) -> tuple[int, ...
     return tuple(int(low + (i + 0.5) * (high - low) / steps) for i in range(steps))
 
 
+class Features:
+    """What a ``weighted`` score weighs, resolved over one backbone.
+
+    Of each probed layer and head ``own`` (the log-sum-exp over the caption's own tokens) and ``mass`` (the same less
+    that over all tokens), and the denoising score.
+
+    Args:
+        backbone: The model.
+        layers: Patterns of cross-attention layers; None takes all.
+
+    Raises:
+        OptionError, ModelError: If a layer is unknown, or there is no cross-attention.
+    """
+
+    needs_empty = True
+    empty_layers: tuple[str, ...] = ()
+
+    def __init__(self, backbone: Backbone, layers: Sequence[str] | None = None) -> None:
+        self.layers = select_layers(backbone.denoiser, layers)
+        known = cross_attention_layers(backbone.denoiser)
+        self._heads = [int(known[name].heads) for name in self.layers]
+        heads = [f"{name}.{h}" for name, count in zip(self.layers, self._heads, strict=True) for h in range(count)]
+        self.names = (*(f"own {head}" for head in heads), *(f"mass {head}" for head in heads), "denoising")
+
+    def __call__(self, caption: Pass, empty: Pass | None) -> Float[Tensor, "n features"]:
+        """Passes over n rows => their features, in the order of ``names``."""
+        records = [caption.records[name] for name in self.layers]
+        own, all_ = (torch.cat([getattr(r, what) for r in records], 1) for what in ("own", "all"))
+        return torch.cat([own, own - all_, denoising(caption, empty)[:, None]], 1)
+
+    def weights_of(self, kind: str) -> Float[Tensor, " features"]:
+        """The weights that make a score of that kind, over the same layers.
+
+        Raises:
+            OptionError: If the kind is no sum of these features.
+        """
+        if kind not in ("attention", "attention-mass", "denoising"):
+            raise OptionError(
+                f"got score {kind!r}, expected attention, attention-mass or denoising, which heads have a share in"
+            )
+        # every layer counts the same, whatever its number of heads
+        mean = torch.cat([torch.full((count,), 1 / (len(self._heads) * count)) for count in self._heads])
+        found = torch.zeros(len(self.names))
+        if kind == "denoising":
+            found[-1] = 1
+        elif kind == "attention":
+            found[: len(mean)] = mean
+        else:
+            found[len(mean) : -1] = mean
+        return found
+
+
 class Score:
     """A resolved score over one backbone: what to probe, and the number that comes of it.
 
+    Args:
+        backbone: The model.
+        config: The score.
+        weights: For ``weighted`` alone: (timesteps, features) of :class:`Features`; may be learned.
+
     Raises:
-        OptionError: If a layer or timestep does not fit the backbone.
+        OptionError: If a layer or timestep does not fit the backbone, or the weights do not fit the score.
         ModelError: If the score needs cross-attention and the backbone has none.
     """
 
-    def __init__(self, backbone: Backbone, config: ScoreConfig) -> None:
+    def __init__(self, backbone: Backbone, config: ScoreConfig, weights: Tensor | None = None) -> None:
         outside = [t for t in config.timesteps if not 0 <= t < backbone.num_train_timesteps]
         if outside:
             raise OptionError(
                 f"got timesteps {outside}, expected integers from 0 to {backbone.num_train_timesteps - 1}"
             )
+        if (config.kind == WEIGHTED) != (weights is not None):
+            raise OptionError(
+                f"got score {config.kind!r} {'without' if weights is None else 'with'} learned weights, expected them "
+                f"for {WEIGHTED} alone; load the adapter that they were learned for"
+            )
         self.config = config
         self.terms = dict(config.weights or {config.kind: 1.0})
+        self.weights: Tensor | None = None
+        self.layers: tuple[str, ...]
+        """All layers to probe in a pass."""
+        self.empty_layers: tuple[str, ...]
+        """Layers to probe under the empty caption."""
+        self._features: Features | None = None
+        if weights is not None:
+            self._features = Features(backbone, config.layers)
+            shape = (len(config.timesteps), len(self._features.names))
+            if tuple(weights.shape) != shape:
+                raise OptionError(
+                    f"got weights of shape {tuple(weights.shape)}, expected {shape} (timesteps, features); use the "
+                    "timesteps, layers and model that they were learned for"
+                )
+            self.weights = weights.to(backbone.device, torch.float32)
+            self.layers, self.empty_layers, self.needs_empty = self._features.layers, Features.empty_layers, True
+            return
         self.needs_empty = any(SCORES[kind].empty for kind in self.terms)
         self._layers: dict[str, tuple[str, ...]] = {}
         for kind in self.terms:
@@ -213,17 +293,26 @@ class Score:
                     else select_layers(backbone.denoiser, chosen)
                 )
         self.layers = tuple(dict.fromkeys(name for names in self._layers.values() for name in names))
-        """All layers to probe in a pass."""
         self.empty_layers = self.layers if any(SCORES[k].empty for k in self._layers) else ()
-        """Layers to probe under the empty caption."""
 
-    def parts(self, caption: Pass, empty: Pass | None) -> dict[str, Float[Tensor, " n"]]:
+    def parts(
+        self, caption: Pass, empty: Pass | None, steps: Int[Tensor, " n"] | None = None
+    ) -> dict[str, Float[Tensor, " n"]]:
         """Each term by itself, unweighted: (n,) a name."""
+        if self._features is not None and self.weights is not None:
+            assert steps is not None
+            return {WEIGHTED: (self._features(caption, empty) * self.weights[steps]).sum(1)}
         return {kind: SCORES[kind].function(self._view(kind, caption), self._view(kind, empty)) for kind in self.terms}
 
-    def __call__(self, caption: Pass, empty: Pass | None) -> Float[Tensor, " n"]:
-        """Passes over n rows under their captions, and under the empty one if needed => (n,) float32 scores."""
-        parts = self.parts(caption, empty)
+    def __call__(
+        self, caption: Pass, empty: Pass | None, steps: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, " n"]:
+        """Passes over n rows under their captions, and under the empty one if needed => (n,) float32 scores.
+
+        Args:
+            steps: Of each row, which of the score's timesteps it is at; ``weighted`` needs to know.
+        """
+        parts = self.parts(caption, empty, steps)
         return torch.stack([self.terms[kind] * value for kind, value in parts.items()]).sum(0)
 
     def _view(self, kind: str, made: Pass | None) -> Any:

@@ -60,9 +60,9 @@ class Recipe:
     seed: int = 0
     scenes: int = 60_000
     """How many pretraining scenes there are; captions are drawn anew each time a scene is seen."""
-    vae_samples: int = 26_000
+    vae_samples: int = 104_000
     vae_batch: int = 16
-    vae_lr: float = 2e-3
+    vae_lr: float = 1e-3
     kl_weight: float = 1e-4
     text_samples: int = 140_000
     text_batch: int = 128
@@ -75,7 +75,7 @@ class Recipe:
     easy_share: float = 0.6
     """Share of the samples after that which are drawn from scenes of one and two objects alone."""
     caption_dropout: float = 0.1
-    weight_range: tuple[float, float] = (1.0, 8.0)
+    weight_range: tuple[float, float] = (1.0, 3.0)
     """Bounds of the noise loss's weight, which is 1/SNR between them."""
     ema: float = 0.999
 
@@ -389,7 +389,7 @@ def train_vae(recipe: Recipe, folder: Path, device: torch.device, until: float) 
         error = model.decode(posterior.sample()).sample - pixels
         # objects are a tenth of the picture: without weight their colours are learned last
         ground = pixels.flatten(2).median(-1).values[..., None, None]
-        weight = 1 + 4 * ((pixels - ground).abs().mean(1, keepdim=True) > 0.15)
+        weight = 1 + 9 * ((pixels - ground).abs().mean(1, keepdim=True) > 0.15)
         loss = (weight * (error.abs() + 2 * error.square())).mean() + recipe.kl_weight * posterior.kl().mean() / 256
         stage.step(loss, recipe.vae_batch)
         if stage.samples % (100 * recipe.vae_batch) == 0:
@@ -459,10 +459,10 @@ def train_unet(
             states = encoder(ids).last_hidden_state
         z = latents[chosen].to(device)
         noise = torch.randn(z.shape, device=device)
-        # what stands where is decided in 200..900; a quarter of the draws keeps the rest of the schedule in use
+        # shapes are decided in 100..400, what stands where in 400..800; a quarter of the draws keeps the rest in use
         t = torch.where(
             torch.rand(n, device=device) < 0.75,
-            torch.randint(200, 900, (n,), device=device),
+            torch.randint(100, 800, (n,), device=device),
             torch.randint(0, 1000, (n,), device=device),
         )
         a = alphas[t][:, None, None, None]
@@ -594,7 +594,7 @@ def main() -> None:
     parser.add_argument("--hardware", default=f"{os.cpu_count()} CPU cores", help="for the card")
     parser.add_argument("--measure-minutes", type=float, default=20, help="between looks at held-out accuracy")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop (resumably) after so long")
-    parser.add_argument("--compile", action="store_true", help="compile the U-Net: a third faster, needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="compile the U-Net: faster, needs a C++ compiler")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     for name in ("vae_samples", "text_samples", "unet_samples", "scenes", "easy_samples"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Recipe, name))

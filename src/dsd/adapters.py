@@ -1,0 +1,285 @@
+"""Adapters: what was learned from examples, on disk and on a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsd import prompts
+from dsd.backbone import Backbone, cards
+from dsd.backbone.loading import resolve
+from dsd.contracts import AdapterError, ModelError, OptionError
+from dsd.exchange import LORA_FILE, read_authors, read_lora, write_lora
+from dsd.prompts import PromptConfig
+from dsd.scores import WEIGHTED, Features, ScoreConfig
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What was learned, and everything needed to use it again.
+
+    Attributes:
+        base: The fingerprint of the base model (see :func:`fingerprint`); None for adapters in the formats of others.
+        score: The score that was taught.
+        prompts: Where the prompts go; None if the zero-shot score was kept.
+        state: The prompts' tensors by name, float32.
+        size: Pixels a side of the pictures it was taught on.
+        training: Configuration, curve and figures of the training, plain values.
+        scale: Turns score differences into log-odds: probabilities are ``softmax(scale * scores)``.
+        weights: (timesteps, features) float32 of a ``weighted`` score; None for others.
+        features: What each column of the weights is of; see :class:`dsd.scores.Features`.
+    """
+
+    base: Mapping[str, Any] | None
+    score: ScoreConfig
+    prompts: PromptConfig | None
+    state: Mapping[str, Tensor]
+    size: int | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    scale: float | None = None
+    weights: Tensor | None = None
+    features: tuple[str, ...] | None = None
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder, which appears whole."""
+        out = check_out(folder)
+        config = {
+            "format": _FORMAT,
+            "base": self.base,
+            "size": self.size,
+            "score": self.score.to_dict(),
+            "prompts": None if self.prompts is None else asdict(self.prompts),
+            "scale": self.scale,
+            "features": self.features,
+            "training": self.training,
+        }
+        tensors = dict(self.state) if self.weights is None else {**self.state, _LEARNED: self.weights}
+        part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+        try:
+            save_file(tensors, part / _WEIGHTS)
+            (part / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
+            (part / "README.md").write_text(_card(self, out.name), "utf-8")
+            part.chmod(0o755)
+            if out.exists():
+                old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
+                os.replace(out, old)
+                os.replace(part, out)
+                shutil.rmtree(old)
+            else:
+                os.replace(part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+        return out
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Adapter:
+        """Reads a folder written by :meth:`save`, a LoRA that others trained, or the authors' format.
+
+        Args:
+            folder: With files of ours, a ``pytorch_lora_weights.safetensors`` or the authors' ``pytorch_model.bin``; or
+                a safetensors file, which is taken for a LoRA. A LoRA brings no score, so it gets the default one.
+
+        Raises:
+            AdapterError: If there is none of these, or files that do not fit together.
+        """
+        path = Path(folder)
+        lora = path / LORA_FILE if path.is_dir() else path
+        if lora.suffix == ".safetensors" and lora.is_file() and not (path / _CONFIG).is_file():
+            return cls(None, ScoreConfig(), *read_lora(lora))
+        if not (path / _CONFIG).is_file():
+            if (path / _AUTHORS).is_file():
+                config, state = read_authors(path / _AUTHORS)
+                return cls(None, ScoreConfig("paper", (189, 389, 589, 789, 989)), config, state)
+            raise AdapterError(
+                f"{path}: got no adapter, expected a folder with {_CONFIG}, {LORA_FILE} or {_AUTHORS}, "
+                "or a safetensors file"
+            )
+        try:
+            values = json.loads((path / _CONFIG).read_text("utf-8"))
+            if values.get("format") != _FORMAT:
+                raise AdapterError(f"{path}: got format {values.get('format')!r}, expected {_FORMAT!r}")
+            where, base, size = values["prompts"], values["base"], values["size"]
+            if base is not None and not (base["name"] and same_base(base, base)):
+                raise ValueError("base is no fingerprint")
+            score, tensors = ScoreConfig.from_dict(values["score"]), load_file(path / _WEIGHTS)
+            weights, features = tensors.pop(_LEARNED, None), values.get("features")
+            shape = None if features is None else (len(score.timesteps), len(features))
+            if (None if weights is None else tuple(weights.shape)) != shape or (score.kind == WEIGHTED) != bool(shape):
+                raise ValueError(
+                    f"weights of shape {None if weights is None else tuple(weights.shape)} for the score "
+                    f"{score.kind!r} of {len(score.timesteps)} timesteps and {len(features or ())} features"
+                )
+            return cls(
+                base,
+                score,
+                None if where is None else PromptConfig.from_dict(where),
+                tensors,
+                None if size is None else int(size),
+                dict(values["training"]),
+                values["scale"],
+                weights,
+                None if features is None else tuple(features),
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, OptionError) as error:
+            raise AdapterError(
+                f"{path}: got an adapter that cannot be read ({type(error).__name__}: {error}), "
+                "expected the files as they were saved; copy the folder again"
+            ) from None
+
+    def export(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the prompts as a LoRA that ``StableDiffusionPipeline.load_lora_weights(folder)`` reads.
+
+        Raises:
+            AdapterError: If there are no prompts, or something else is in the folder.
+        """
+        if self.prompts is None:
+            raise AdapterError(
+                "got an adapter without prompts (the zero-shot score was kept, or only its weights were learned), "
+                "expected one with prompts; a pipeline has nothing to load of it"
+            )
+        return write_lora(folder, self.prompts, self.state)
+
+    def attach(self, backbone: Backbone) -> None:
+        """Puts the prompts onto a bare model, and checks that it has what the weights are of.
+
+        Raises:
+            AdapterError: If it was made for another base model.
+        """
+        if self.base is not None and not same_base(self.base, fingerprint(backbone)):
+            raise AdapterError(
+                f"got an adapter for {self.base['name']} ({self.base['parameters']:,} parameters), expected one for "
+                f"{backbone.name}; load it with --model {self.base['name']}"
+            )
+        if self.features is not None and self.features != Features(backbone, self.score.layers).names:
+            raise AdapterError(
+                f"got weights of {len(self.features)} features that {backbone.name} does not have in this order, "
+                "expected those of its attention heads; load the adapter onto the base model that it was made for"
+            )
+        if self.prompts is not None:
+            prompts.attach(backbone.denoiser, self.prompts)
+            try:
+                prompts.load_state(backbone.denoiser, self.state)
+            except AdapterError:
+                prompts.detach(backbone.denoiser)
+                raise
+
+
+_FORMAT = "dsd-adapter-1"
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_LEARNED = "weights"
+_AUTHORS = "pytorch_model.bin"
+
+
+def check_out(folder: str | os.PathLike[str]) -> Path:
+    """Where an adapter is to be saved; makes the folders above it.
+
+    Raises:
+        AdapterError: If something else is there, or nothing can be written there.
+    """
+    out = Path(folder)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        taken = out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _CONFIG).exists()))
+    except OSError as error:
+        raise AdapterError(f"{out}: got a path that cannot be written ({error.strerror}); choose another") from None
+    if taken:
+        raise AdapterError(f"{out}: got a path that holds something else, expected a new folder or an adapter's")
+    return out
+
+
+def fingerprint(backbone: Backbone) -> dict[str, Any]:
+    """What tells one base model from another, whatever precision it is loaded in: a size and some weights."""
+    weights = [(n, p) for n, p in backbone.denoiser.named_parameters() if p.ndim > 1 and ".lora_" not in n]
+    chosen = weights[:: max(1, len(weights) // 32)]
+    sample = [round(float(p.detach().flatten()[p.numel() // 2]), 5) for _, p in chosen]
+    return {"name": backbone.name, "parameters": sum(p.numel() for _, p in weights), "sample": sample}
+
+
+def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints are of one model, up to rounding to half precision."""
+    same_size = a["parameters"] == b["parameters"] and len(a["sample"]) == len(b["sample"])
+    return same_size and np.allclose(a["sample"], b["sample"], rtol=1e-2, atol=1e-3)
+
+
+def _card(adapter: Adapter, name: str) -> str:
+    """What the hub shows of an adapter: its front matter first, which the hub reads."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    base = "unknown" if adapter.base is None else str(adapter.base["name"])
+    training = adapter.training
+    head = ModelCardData(
+        base_model=_hub_name(base),
+        library_name="dsd",
+        license=cards().get(base, {}).get("licence"),
+        tags=["image-text-matching", "few-shot", "diffusion", *(() if adapter.prompts is None else ("lora",))],
+    )
+    lines = [
+        f"# {name}",
+        "",
+        f"What `dsd` learned about `{base}` (He et al. 2023, arXiv 2305.10722)."
+        if training
+        else f"Prompts for `{base}`, in the format of `dsd`.",
+        "",
+        f"- Score: `{adapter.score.kind}` at timesteps {', '.join(map(str, adapter.score.timesteps))}",
+    ]
+    if adapter.prompts is not None or adapter.weights is None:
+        lines.append(f"- Prompts: {_prompts_in_words(adapter.prompts)}")
+    if adapter.weights is not None:
+        lines.append(f"- Learned weights: {len(adapter.features or ())} features at each timestep")
+    if "examples" in training:
+        data = training.get("data", {})
+        sums = [f" (checksum {data[part]})" if part in data else "" for part in ("examples", "validation")]
+        lines.append(
+            f"- Examples: {training['examples']} to learn from{sums[0]}, {training['validation_examples']} to "
+            f"validate{sums[1]}"
+        )
+    if "validation" in training:
+        figures = training["validation"]
+        lines.append(
+            f"- Validation accuracy: {figures['before']:.3f} zero-shot, {figures['after']:.3f} "
+            f"[{figures['low']:.3f}, {figures['high']:.3f}] learned"
+        )
+        head.model_name = name
+        head.eval_results = [
+            EvalResult(
+                task_type="image-text-matching",
+                dataset_type="validation",
+                dataset_name="validation examples",
+                metric_type="accuracy",
+                metric_name="Validation accuracy",
+                metric_value=figures["after"],
+            )
+        ]
+    call = f'matcher = dsd.Matcher.from_pretrained("{base}", adapter="{name}")'
+    lines += ["", "```python", "import dsd", "", call, "```", ""]
+    if adapter.prompts is not None:
+        lines += [f"For stock diffusers pipelines, as a LoRA: `dsd export {name} --out {name}-lora`", ""]
+    return f"---\n{head.to_yaml()}\n---\n" + "\n".join(lines)
+
+
+def _hub_name(model: str) -> str | None:
+    try:
+        found = resolve(model)
+    except ModelError:
+        return None
+    return None if isinstance(found, Path) else found
+
+
+def _prompts_in_words(config: PromptConfig | None) -> str:
+    if config is None:
+        return "none, the zero-shot score did as well"
+    if config.ranks is not None:
+        return f"rank {', '.join(map(str, sorted(set(config.ranks.values()))))} on {len(config.ranks)} modules"
+    return f"rank {config.rank} on {', '.join(config.projections)}"
