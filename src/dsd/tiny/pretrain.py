@@ -67,7 +67,7 @@ class Recipe:
     text_samples: int = 140_000
     text_batch: int = 128
     text_lr: float = 1e-3
-    unet_samples: int = 322_000
+    unet_samples: int = 500_000
     unet_batch: int = 64
     unet_lr: float = 8e-4
     easy_samples: int = 60_000
