@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dsd.adapt import FitConfig
+from dsd.learn import FitConfig
 from dsd.contracts import Example
 from dsd.evaluate import Result, evaluate, write_text
 from dsd.matcher import Matcher

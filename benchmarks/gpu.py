@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dsd.adapt import FitConfig
+from dsd.learn import FitConfig
 from dsd.backbone import Backbone
 from dsd.backbone.stable_diffusion import StableDiffusionBackbone
 from dsd.contracts import Example

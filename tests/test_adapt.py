@@ -16,19 +16,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dsd import adapt, prompts
-from dsd.adapt import FitConfig, choice_loss, fit, split
+from dsd import learn, prompts
+from dsd.adapt import fit
 from dsd.adapters import Adapter, fingerprint, same_base
 from dsd.backbone import Backbone, TextStates, load_backbone
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
+from dsd.learn import FitConfig, Learner, Team, choice_loss
+from dsd.lesson import choices_of, split
 from dsd.metrics import wins
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
+from looks import looks_as
 
 Pipe = Callable[..., str]
 SCORE = ScoreConfig("attention", (20, 100))
-LEARN = FitConfig(steps=12, batch=6, check_every=4, learning_rate=3e-2, jitter=10)
+LEARN = FitConfig(steps=20, batch=6, check_every=4, learning_rate=3e-2, jitter=10)
 QUICK = FitConfig(steps=5, batch=2, check_every=2, jitter=10)
 PROMPT = PromptConfig(rank=2, attention="cross")
 LESSON = PromptConfig(rank=4)
@@ -65,17 +68,16 @@ def taught(pipe: Pipe) -> tuple[Scorer, Adapter]:
     return made, fit(made, toy(12, 0), toy(8, 1), config=LEARN, prompt=LESSON)
 
 
-def improving(scorer: Scorer, examples: Sequence[Example]) -> Any:
-    """Stands in for validation where only the steps count: what changes more is better."""
-    size = sum(float(v.abs().sum()) for v in prompts.state(scorer.backbone.denoiser).values())
-    return adapt._Validation(np.ones(len(examples)), 1 / (size + np.arange(len(examples))), size)
+def improving(scorer: Scorer) -> float:
+    """Where only the steps count: what changes more is better."""
+    return 1 / (1 + sum(float(v.abs().sum()) for v in prompts.state(scorer.backbone.denoiser).values()))
 
 
 @pytest.fixture(scope="module")
 def steps_taken(pipe: Pipe) -> tuple[Scorer, Adapter]:
     """A few steps without a stop."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapt, "_validate", improving)
+        looks_as(patch, improving)
         made = scorer(pipe)
         return made, fit(made, toy(6, 0), toy(4, 1), config=QUICK, prompt=PROMPT)
 
@@ -93,7 +95,7 @@ def test_a_toy_is_learned(taught: tuple[Scorer, Adapter]) -> None:
     """What holds on pictures that were never seen, from twelve examples."""
     made, adapter = taught
     curve = adapter.training["curve"]
-    assert [p["step"] for p in curve] == [0, 4, 8, 12]
+    assert [p["step"] for p in curve] == [0, 4, 8, 12, 16, 20]
     assert curve[-1]["train"] < 0.5 * curve[1]["train"]
     assert adapter.training["kept"]
     assert adapter.training["examples"] == 12
@@ -117,7 +119,8 @@ def test_the_scale_makes_scores_log_odds(taught: tuple[Scorer, Adapter]) -> None
 
     assert adapter.scale is not None
     assert adapter.scale > 0
-    assert loss(adapter.scale) == pytest.approx(min(p["loss"] for p in adapter.training["curve"]), abs=1e-3)
+    best = max(adapter.training["curve"], key=lambda p: (p["accuracy"], -p["loss"]))
+    assert loss(adapter.scale) == pytest.approx(best["loss"], abs=1e-3)
     assert loss(adapter.scale) <= loss(adapter.scale / 2) + 1e-9
 
 
@@ -145,8 +148,7 @@ def test_labels_without_a_rule_teach_nothing(pipe: Pipe) -> None:
 
 def test_zero_shot_score_is_kept_unless_learning_is_better(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Validation that always looks the same is no reason to change anything."""
-    fixed = adapt._Validation(np.array([1.0, 0.0]), np.array([0.5, 0.9]), 1.0)
-    monkeypatch.setattr(adapt, "_validate", lambda *_: fixed)
+    looks_as(monkeypatch, lambda _: 0.5)
     made = scorer(pipe)
     plain = made.predict(toy(1, 0)[0].pairs)
     adapter = fit(made, toy(4, 0), toy(2, 1), config=replace(QUICK, steps=4), prompt=PROMPT)
@@ -157,12 +159,7 @@ def test_zero_shot_score_is_kept_unless_learning_is_better(pipe: Pipe, monkeypat
 
 def test_learning_stops_when_patience_runs_out(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([0.9, 0.5, 0.6, 0.7, 0.1])
-
-    def validate(*_: Any) -> Any:
-        loss = next(losses)
-        return adapt._Validation(np.array([1.0, 1.0]), np.array([loss, loss + 0.01]), 1.0)
-
-    monkeypatch.setattr(adapt, "_validate", validate)
+    looks_as(monkeypatch, lambda _: next(losses))
     config = replace(QUICK, steps=20, check_every=1, patience=2)
     adapter = fit(scorer(pipe), toy(4, 0), toy(2, 1), config=config, prompt=PROMPT)
     assert [p["loss"] for p in adapter.training["curve"]] == pytest.approx([0.905, 0.505, 0.605, 0.705])
@@ -172,7 +169,7 @@ def test_learning_stops_when_patience_runs_out(pipe: Pipe, monkeypatch: pytest.M
 def test_the_same_request_gives_the_same_adapter(
     pipe: Pipe, steps_taken: tuple[Scorer, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapt, "_validate", improving)
+    looks_as(monkeypatch, improving)
     torch.manual_seed(123)  # the surroundings' state is of no account
     again = fit(scorer(pipe), toy(6, 0), toy(4, 1), config=QUICK, prompt=PROMPT)
     assert same_state(again, steps_taken[1])
@@ -199,9 +196,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watched]:
     def one_step(made: Scorer, examples: Sequence[Example], config: FitConfig) -> Watched:
         seen = Watched([], [], [], [], [])
         prompts.attach(made.backbone.denoiser, PROMPT)
-        learner = adapt._Learner(made, examples, config)
-        learner.spread = 1.0
-        add, predict, loss = made.backbone.add_noise, made.backbone.predict_noise, adapt.choice_loss
+        learner = Learner(made, examples, config, Team())
+        learner._spread = 1.0
+        add, predict, loss = made.backbone.add_noise, made.backbone.predict_noise, learn.choice_loss
 
         def spy_add(latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
             seen.latents.extend(latents)
@@ -219,7 +216,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Watched]:
 
         monkeypatch.setattr(made.backbone, "add_noise", spy_add)
         monkeypatch.setattr(made.backbone, "predict_noise", spy_predict)
-        monkeypatch.setattr(adapt, "choice_loss", spy_loss)
+        monkeypatch.setattr(learn, "choice_loss", spy_loss)
         learner.step()
         return seen
 
@@ -368,7 +365,7 @@ def test_loss_equals_a_plain_loop(rows: int, columns: int, positives: list[tuple
             else:
                 share = sum(math.exp(s) for s in right) / sum(math.exp(s) for s, _ in line)
                 losses.append(-math.log(share))
-        found = choice_loss(scores, adapt._choices(example), objective, 0.3)
+        found = choice_loss(scores, choices_of(example), objective, 0.3)
         assert float(found) == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
@@ -439,16 +436,16 @@ class Stop(Exception):
 def stopped(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, keeper: Path, at: int, error: type[BaseException]) -> None:
     """A fit that is stopped in step ``at``."""
     made = scorer(pipe)
-    step = adapt._Learner.step
+    step = Learner.step
 
-    def until(self: Any) -> None:
+    def until(self: Learner) -> float:
         if self.done + 1 == at:
             raise error
-        step(self)
+        return step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapt._Learner, "step", until)
-        patch.setattr(adapt, "_validate", improving)
+        patch.setattr(Learner, "step", until)
+        looks_as(patch, improving)
         with pytest.raises(error):
             fit(made, toy(6, 0), toy(4, 1), config=QUICK, prompt=PROMPT, checkpoint=keeper)
     assert is_bare(made.backbone)
@@ -468,9 +465,9 @@ def test_a_stopped_fit_goes_on_to_the_same_adapter(
     assert keeper.exists() == (at > QUICK.check_every)
     made = scorer(pipe)
     steps: list[int] = []
-    step = adapt._Learner.step
-    monkeypatch.setattr(adapt, "_validate", improving)
-    monkeypatch.setattr(adapt._Learner, "step", lambda self: (step(self), steps.append(self.done))[0])
+    step = Learner.step
+    looks_as(monkeypatch, improving)
+    monkeypatch.setattr(Learner, "step", lambda self: (step(self), steps.append(self.done))[0])
     adapter = fit(made, toy(6, 0), toy(4, 1), config=QUICK, prompt=PROMPT, checkpoint=keeper, resume=True)
     assert steps == list(range((at - 1) // QUICK.check_every * QUICK.check_every + 1, QUICK.steps + 1))
     assert same_state(adapter, steps_taken[1])
@@ -486,14 +483,14 @@ def test_a_fit_stopped_while_validating_goes_on(
 ) -> None:
     looks = 0
 
-    def look(scorer: Scorer, examples: Sequence[Example]) -> Any:
+    def look(scorer: Scorer) -> float:
         nonlocal looks
         looks += 1
         if looks == 3:
             raise KeyboardInterrupt
-        return improving(scorer, examples)
+        return improving(scorer)
 
-    monkeypatch.setattr(adapt, "_validate", look)
+    looks_as(monkeypatch, look)
     given: dict[str, Any] = {"config": QUICK, "prompt": PROMPT, "checkpoint": tmp_path / "fit.checkpoint"}
     with pytest.raises(KeyboardInterrupt):
         fit(scorer(pipe), toy(6, 0), toy(4, 1), **given)
@@ -560,7 +557,12 @@ def test_broken_checkpoint_is_refused(pipe: Pipe, tmp_path: Path, data: bytes) -
 def test_an_adapter_survives_the_disk(pipe: Pipe, taught: tuple[Scorer, Adapter], tmp_path: Path) -> None:
     made, adapter = taught
     folder = adapter.save(tmp_path / "out" / "adapter")
-    assert {p.name for p in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {p.name for p in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "reliability.png",
+    }
     again = Adapter.load(folder)
     assert again.score == SCORE
     assert again.prompts == LESSON

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsd import adapt, cli, prompts
+from dsd import cli, prompts
 from dsd.backbone import Backbone, load_backbone
 from dsd.cli import main
+from dsd.learn import Learner, Method
 from dsd.scores import SCORES
 from models import picture, save_adapter
 
@@ -567,7 +568,7 @@ def test_learning_makes_an_adapter(dsd: Command, lesson: Path, image: Path, tmp_
         "fit", lesson, "--out", out, *FEW, "--learning-rate", "0.01", "--objective", "hinge", "--seed", "2"
     )
     assert found["adapter"] == str(out)
-    assert found["examples"] + found["validation_examples"] == 4
+    assert (found["examples"], found["validation_examples"], found["turns"]) == (4, 4, 4)
     assert {"before", "after", "low", "high"} == set(found["validation"])
     assert (found["config"]["steps"], found["config"]["objective"], found["config"]["seed"]) == (2, "hinge", 2)
     assert [p["step"] for p in found["curve"]] == [0, 2]
@@ -582,7 +583,7 @@ def test_learning_makes_an_adapter(dsd: Command, lesson: Path, image: Path, tmp_
 def test_place_for_the_adapter_is_checked_before_learning(
     dsd: Command, lesson: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapt._Learner, "step", lambda *_: pytest.fail("learned for nothing"))
+    monkeypatch.setattr(Learner, "step", lambda *_: pytest.fail("learned for nothing"))
     assert "something else" in dsd.refused("fit", lesson, "--out", tmp_path, *FEW)
     assert str(lesson) in dsd.refused("fit", lesson, "--out", lesson / "adapter", *FEW)
 
@@ -591,7 +592,7 @@ def test_learning_that_is_stopped(dsd: Command, lesson: Path, tmp_path: Path, mo
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapt._Learner, "step", stop)
+    monkeypatch.setattr(Learner, "step", stop)
     status, out, err = dsd("fit", lesson, "--out", tmp_path / "adapter", *FEW, "--model", dsd.model)
     assert (status, out) == (130, "")
     assert err == "dsd fit: stopped\n"
@@ -696,7 +697,7 @@ def test_constants_are_the_librarys() -> None:
     from dsd.tiny.world import Level
 
     assert tuple(SCORES) == cli.SCORE_KINDS
-    assert get_args(adapt.Method) == cli.METHODS
+    assert get_args(Method) == cli.METHODS
     assert cli.WORLD_TASKS == WORLD_TASKS
     assert get_args(Level) == cli.LEVELS
     assert get_args(Split) == cli.SPLITS

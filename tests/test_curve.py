@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dsd import adapt, cli, curve, prompts
-from dsd.adapt import FitConfig
+from dsd import cli, curve, prompts
 from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
 from dsd.contracts import Example, ManifestError, OptionError
 from dsd.curve import FILE, PICTURE, Curve, learning_curve, world_sets
 from dsd.evaluate import evaluate
+from dsd.learn import FitConfig, Learner
 from dsd.matcher import Matcher
 from dsd.metrics import bootstrap_interval, paired_difference
 from dsd.prompts import PromptConfig
@@ -31,7 +31,7 @@ from models import picture
 
 Pipe = Callable[..., str]
 SCORE = ScoreConfig("attention", (300,))
-QUICK = FitConfig(steps=3, batch=2, check_every=1, learning_rate=0.1, jitter=10)
+QUICK = FitConfig(validation=0.25, steps=3, batch=2, check_every=1, learning_rate=0.1, jitter=10)
 SMALL: dict[str, Any] = {"shots": (0, 3, 5), "seeds": 2, "config": QUICK, "prompt": PromptConfig(rank=1)}
 
 
@@ -256,20 +256,20 @@ def test_a_stopped_curve_goes_on(matcher: Matcher, fits: Fits, tmp_path: Path, m
 def test_a_stopped_fit_goes_on(matcher: Matcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = SMALL | {"shots": (0, 4), "seeds": 1}
     whole = learning_curve(matcher, POOL, HELD_OUT, **options)
-    step, taken = adapt._Learner.step, []
+    step, taken = Learner.step, []
 
-    def counted(learner: Any) -> None:
+    def counted(learner: Learner) -> float:
         if len(taken) == 2:
             raise KeyboardInterrupt
         taken.append(learner.done)
-        step(learner)
+        return step(learner)
 
     with monkeypatch.context() as patch:
-        patch.setattr(adapt._Learner, "step", counted)
+        patch.setattr(Learner, "step", counted)
         with pytest.raises(KeyboardInterrupt):
             learning_curve(matcher, POOL, HELD_OUT, tmp_path, **options)
     assert {p.name for p in tmp_path.iterdir()} == {FILE, "fit-4-0.checkpoint"}
-    monkeypatch.setattr(adapt._Learner, "step", lambda learner: (taken.append(learner.done), step(learner)))
+    monkeypatch.setattr(Learner, "step", lambda learner: (taken.append(learner.done), step(learner))[1])
     made = learning_curve(matcher, POOL, HELD_OUT, tmp_path, **options)
     assert taken == [0, 1, 2]
     assert timeless(made) == timeless(whole)

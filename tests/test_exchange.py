@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -612,6 +614,85 @@ def test_card_names_a_base_model_only_as_the_hub_knows_it(
 
 def test_card_without_prompts_offers_no_export(pipe: Pipe, tmp_path: Path) -> None:
     assert "dsd export" not in front_matter(named("tiny", tmp_path, pipe, prompts=None, state={}))[1]
+
+
+def weighted() -> dict[str, Any]:
+    """Values of an adapter that learned weights alone."""
+    score = ScoreConfig("weighted", (50, 450))
+    return {"prompts": None, "state": {}, "score": score, "weights": torch.ones(2, 3), "features": ("a", "b", "c")}
+
+
+LESSONS: dict[str, tuple[Callable[[], dict[str, Any]], list[str], bool, bool]] = {
+    "prompts": (dict, ["- Learned prompts: rank 2 on to_q, to_k, to_v, to_out.0"], True, True),
+    "tokens": (
+        lambda: {"prompts": PromptConfig(projections=(), tokens=5), "state": {"soft_tokens": torch.ones(5, 32)}},
+        ["- Learned prompts: 5 soft tokens"],
+        False,
+        False,
+    ),
+    "prompts and tokens": (
+        lambda: {"prompts": PromptConfig(rank=3, projections=("to_q",), tokens=5)},
+        ["- Learned prompts: rank 3 on to_q and 5 soft tokens"],
+        True,
+        False,
+    ),
+    "prompts of others": (
+        lambda: {"prompts": PromptConfig(ranks={"a": 8, "b": 4, "c": 4})},
+        ["- Learned prompts: rank 4, 8 on 3 modules"],
+        True,
+        True,
+    ),
+    "weights": (weighted, ["- Learned weights: 3 features at each timestep"], False, False),
+    "prompts and weights": (
+        lambda: {name: value for name, value in weighted().items() if name not in ("prompts", "state")},
+        [
+            "- Learned prompts: rank 2 on to_q, to_k, to_v, to_out.0",
+            "- Learned weights: 3 features at each timestep",
+        ],
+        True,
+        True,
+    ),
+    "nothing": (
+        lambda: {"prompts": None, "state": {}},
+        ["- Learned: nothing, the zero-shot score did as well"],
+        False,
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_card_says_what_was_learned(pipe: Pipe, tmp_path: Path, lesson: str) -> None:
+    values, expected, low_rank, exported = LESSONS[lesson]
+    head, text = front_matter(save_adapter(tmp_path / "a", pipe(), training=LEARNED, **values()))
+    assert [line for line in text.splitlines() if line.startswith("- Learned")] == expected
+    assert ("lora" in head["tags"]) == low_rank
+    assert ("dsd export" in text) == exported
+
+
+CALIBRATION = {
+    "error": 0.0625,
+    "bins": [{"confidence": 0.75, "accuracy": 0.5, "n": 1}, {"confidence": 1.0, "accuracy": 1.0, "n": 3}],
+    "held_out": 1200,
+}
+
+
+def test_card_shows_the_calibration(pipe: Pipe, tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "a", pipe(), training={**LEARNED, "calibration": CALIBRATION})
+    text = front_matter(folder)[1]
+    assert "- Expected calibration error: 0.062 on 1,200 held-out examples\n\n![" in text
+    assert "](reliability.png)\n\n```python" in text
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {p.name for p in folder.iterdir()} == {*files, "reliability.png"}
+    with Image.open(folder / "reliability.png") as picture:
+        assert picture.format == "PNG"
+    # read and saved again, it is the same; saved over by one without, the picture goes
+    again = Adapter.load(folder)
+    assert again.training["calibration"] == CALIBRATION
+    assert (again.save(tmp_path / "b") / "reliability.png").read_bytes() != b""
+    replace(again, training=LEARNED).save(folder)
+    assert {p.name for p in folder.iterdir()} == files
+    assert "alibration" not in front_matter(folder)[1]
 
 
 def test_what_is_pushed_is_a_card_that_the_hub_takes(

@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 
 import dsd
-from dsd import adapt, prompts
-from dsd.adapt import FitConfig
+from dsd import prompts
 from dsd.adapters import Adapter
 from dsd.contracts import AdapterError, Example, ImageError, MatcherProtocol, ModelError, OptionError, TextError
 from dsd.explain import WordMaps
+from dsd.learn import FitConfig
 from dsd.matcher import Matcher
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
+from looks import looks_as
 from models import PIXELS, picture, save_adapter
 
 Pipe = Callable[..., str]
@@ -270,12 +271,7 @@ STEPS = FitConfig(steps=2, batch=2, check_every=1)
 def taught(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> Matcher:
     """A matcher after a lesson that is taken to be worth keeping."""
     losses = iter([0.9, 0.5, 0.4] * 2)
-
-    def validate(*_: Any) -> Any:
-        loss = next(losses)
-        return adapt._Validation(np.ones(2), np.array([loss, loss + 0.01]), 3.0)
-
-    monkeypatch.setattr(adapt, "_validate", validate)
+    looks_as(monkeypatch, lambda _: next(losses))
     matcher = Matcher.from_pretrained(pipe(), score="attention", timesteps=(100,))
     assert matcher.fit(EXAMPLES, VALIDATION, config=STEPS, prompt=PromptConfig(rank=2)) is matcher
     return matcher

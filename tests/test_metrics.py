@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsd.contracts import Example, ManifestError
-from dsd.metrics import bootstrap_interval, crossed_interval, evaluate_scores, outcomes, paired_difference, wins
+from dsd.metrics import (
+    bootstrap_interval,
+    crossed_interval,
+    evaluate_scores,
+    expected_calibration_error,
+    outcomes,
+    paired_difference,
+    reliability,
+    wins,
+)
 
 NAN, INF = np.nan, np.inf
 LEVELS = st.sampled_from([-INF, -1.0, 0.0, 0.5, 2.0, INF, NAN])
@@ -312,3 +321,52 @@ def test_p_values_of_equal_methods_are_spread_evenly() -> None:
     found = [paired_difference(*rng.normal(size=(2, 60)), seed, 300)["p"] for seed in range(300)]
     assert np.mean(np.array(found) < 0.05) < 0.1
     assert 0.4 < np.mean(found) < 0.6
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=60), st.integers(1, 12)
+)
+@settings(max_examples=200, deadline=None)
+def test_reliability_as_plain_loops_have_it(predictions: list[tuple[float, float]], bins: int) -> None:
+    expected = []
+    for b in range(bins):
+        inside = [p for p in predictions if int(p[0] * bins) == b or (b == bins - 1 and p[0] == 1)]
+        if inside:
+            confidence, accuracy = (sum(column) / len(inside) for column in zip(*inside, strict=True))
+            expected.append({"confidence": confidence, "accuracy": accuracy, "n": len(inside)})
+    confidences, hits = zip(*predictions, strict=True)
+    found = reliability(confidences, hits, bins)
+    assert found == [pytest.approx(b) for b in expected]
+    assert sum(b["n"] for b in found) == len(predictions)
+    gap = sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in expected) / len(predictions)
+    assert expected_calibration_error(confidences, hits, bins) == pytest.approx(gap)
+    # both have as many bins where none are named
+    shown = reliability(confidences, hits)
+    gap = sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in shown) / len(predictions)
+    assert expected_calibration_error(confidences, hits) == pytest.approx(gap)
+
+
+def test_reliability_by_hand() -> None:
+    assert reliability([0.0, 0.05, 0.1, 1.0, 0.95], [0, 1, 1, 1, 0]) == [
+        {"confidence": 0.025, "accuracy": 0.5, "n": 2},
+        {"confidence": 0.1, "accuracy": 1.0, "n": 1},
+        {"confidence": 0.975, "accuracy": 0.5, "n": 2},
+    ]
+    assert all(type(value) in (int, float) for b in reliability([0.5], [True]) for value in b.values())
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "bins"),
+    [
+        ([], [], 5),
+        ([0.5], [1, 0], 5),
+        ([1.5], [1], 5),
+        ([-0.1], [1], 5),
+        ([NAN], [1], 5),
+        ([0.5], [2], 5),
+        ([1], [1], 0),
+    ],
+)
+def test_reliability_of_what_is_no_probability(confidence: list[float], correct: list[float], bins: int) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        reliability(confidence, correct, bins)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -10,9 +12,12 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
+from dsd import prompts
 from dsd.backbone import Backbone, TextStates, load_backbone
 from dsd.contracts import ModelError, OptionError
 from dsd.probe import Probe, cross_attention_layers, paper_layers, select_layers
+from dsd.prompts import PromptConfig
+from dsd.scores import Score, ScoreConfig, noised_pass
 
 Pipe = Callable[..., str]
 Inputs = tuple[Tensor, Tensor, TextStates]
@@ -114,6 +119,117 @@ def test_records_carry_gradients(backbone: Backbone, inputs: Inputs) -> None:
         backbone.predict_noise(noised, t, text)
     (gradient,) = torch.autograd.grad(probe.records[name].own.sum(), noised)
     assert gradient.abs().max() > 0
+
+
+def test_records_of_a_pass_with_gradients_give_way_to_those_of_a_pass_without(
+    backbone: Backbone, inputs: Inputs
+) -> None:
+    noised, t, text = inputs
+    names = list(cross_attention_layers(backbone.denoiser))
+    with torch.no_grad(), Probe(backbone.denoiser, names, text.own) as alone:
+        backbone.predict_noise(2 * noised, t, text)
+    with Probe(backbone.denoiser, names, text.own) as probe:
+        backbone.predict_noise(noised.requires_grad_(), t, text)
+        with torch.no_grad():
+            backbone.predict_noise(2 * noised, t, text)
+    assert all(torch.equal(probe.records[n].own, alone.records[n].own) for n in names)
+
+
+@torch.no_grad()
+def test_without_gradients_queries_are_freed_layer_by_layer(backbone: Backbone, inputs: Inputs) -> None:
+    noised, t, text = inputs
+    layers = cross_attention_layers(backbone.denoiser)
+    queries: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def hear(_module: nn.Module, _inputs: Any, query: Tensor) -> None:
+        alive.append(sum(made() is not None for made in queries))
+        queries.append(weakref.ref(query))
+
+    handles = [layer.to_q.register_forward_hook(hear) for layer in layers.values()]
+    with Probe(backbone.denoiser, list(layers), text.own):
+        backbone.predict_noise(noised, t, text)
+    for handle in handles:
+        handle.remove()
+    assert alive == [0] * len(layers)
+
+
+# Gradient checkpointing
+
+
+@pytest.fixture
+def prompted(backbone: Backbone) -> Iterator[Backbone]:
+    """With prompts on all attention layers that are not zero, so that each has a gradient."""
+    prompts.attach(backbone.denoiser, PromptConfig(rank=2, attention="all"))
+    with torch.no_grad():
+        for parameter in prompts.parameters(backbone.denoiser).values():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    yield backbone
+    prompts.detach(backbone.denoiser)
+
+
+@contextmanager
+def checkpointed(denoiser: Any) -> Iterator[None]:
+    denoiser.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()
+
+
+def scored(backbone: Backbone, inputs: Inputs, kind: str) -> Tensor:
+    """Scores of the captions for one picture."""
+    latents, t, text = inputs
+    score = Score(backbone, ScoreConfig(kind))
+    noise = torch.ones_like(latents)
+    blank = backbone.encode_texts([""])[0].select([0] * len(text))
+    made = noised_pass(backbone, latents, noise, t, text, score.layers)
+    empty = noised_pass(backbone, latents, noise, t, blank, score.empty_layers) if score.needs_empty else None
+    return score(made, empty)
+
+
+@pytest.mark.parametrize("kind", ["attention", "denoising", "paper"])
+def test_gradients_are_the_same_under_checkpointing(prompted: Backbone, inputs: Inputs, kind: str) -> None:
+    weights = torch.tensor([1.0, -2.0, 0.5])
+
+    def gradients() -> tuple[Tensor, dict[str, Tensor | None]]:
+        parameters = prompts.parameters(prompted.denoiser)
+        scores = scored(prompted, inputs, kind)
+        found = torch.autograd.grad((weights * scores).sum(), list(parameters.values()), allow_unused=True)
+        return scores, dict(zip(parameters, found, strict=True))
+
+    scores, expected = gradients()
+    with checkpointed(prompted.denoiser):
+        again, got = gradients()
+    assert torch.equal(scores, again)
+    assert any("attn1" in name and g is not None and g.abs().max() > 1e-3 for name, g in expected.items())
+    for name, gradient in expected.items():
+        if gradient is None:  # behind the last query that the score looks at
+            assert got[name] is None
+            continue
+        assert (got[name] - gradient).abs().max() < 1e-6 * max(1, gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("kind", ["attention", "denoising"])
+def test_checkpointing_saves_memory(prompted: Backbone, inputs: Inputs, kind: str) -> None:
+    weights = {p.untyped_storage().data_ptr() for p in prompted.denoiser.parameters()}
+
+    def saved() -> int:
+        """Bytes kept for the backward pass, parameters aside."""
+        storages: dict[int, torch.UntypedStorage] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            scores = scored(prompted, inputs, kind)
+        assert scores.requires_grad
+        return sum(storage.nbytes() for place, storage in storages.items() if place not in weights)
+
+    everything = saved()
+    with checkpointed(prompted.denoiser):
+        assert saved() < everything / 2
 
 
 # Leaving nothing behind

@@ -26,6 +26,7 @@ from dsd.report import (
     format_interval,
     learning_curve_chart,
     overlay,
+    reliability_diagram,
     table,
 )
 
@@ -273,3 +274,45 @@ def test_places_on_the_axis_of_examples() -> None:
 def test_a_curve_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="cannot be written"):
         learning_curve_chart(tmp_path, [CurvePoint(0, metric(0.5))], chance=0.5, title="t")
+
+
+BINS = {
+    "spread": [(0.05, 0.0, 3), (0.35, 0.6, 20), (0.55, 0.4, 7), (0.97, 1.0, 12_345)],
+    "one, surely right": [(1.0, 1.0, 1)],
+    "one, surely wrong": [(1.0, 0.0, 12_345_678)],
+    "crowded": [(0.599, 0.5, 1000), (0.601, 0.7, 2000)],
+}
+
+
+@pytest.mark.parametrize("values", BINS.values(), ids=BINS.keys())
+def test_reliability_is_drawn(tmp_path: Path, values: list[tuple[float, float, int]]) -> None:
+    bins = [dict(zip(("confidence", "accuracy", "n"), value, strict=True)) for value in values]
+    out = tmp_path / "new" / "reliability.png"
+    reliability_diagram(out, bins, title="A long title " * 20, note="a long note " * 20)
+    assert [p.name for p in out.parent.iterdir()] == ["reliability.png"]
+    with Image.open(out) as drawn:
+        pixels = np.asarray(drawn)
+    width = pixels.shape[1]
+    for edge in (pixels[:24], pixels[-24:], pixels[:, :24], pixels[:, width - 24 :]):
+        assert (edge > 250).all()
+    # a point on every bin's place, in a square that begins at a corner
+    blue = (pixels.astype(int) - (0x2F, 0x74, 0xBB)).__abs__().sum(2) < 12
+    side = 800
+    for confidence, accuracy, _ in values:
+        assert blue[round(1012 - side * accuracy), round(128 + side * confidence)]
+
+
+def test_reliability_is_headed_by_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(report._Pen, "text", lambda self, x, y, text, *a, **k: texts.append(text))
+    bins = [{"confidence": 0.75, "accuracy": 0.5, "n": 2}, {"confidence": 1.0, "accuracy": 1.0, "n": 1998}]
+    reliability_diagram(tmp_path / "a.png", bins, title="mine", note="a note")
+    assert texts[:2] == ["ECE 0.000: mine", "a note"]
+    assert {"2", "1,998"} <= set(texts)
+    reliability_diagram(tmp_path / "a.png", [{**b, "n": 5} for b in bins], title="mine")
+    assert "ECE 0.125: mine" in texts
+
+
+def test_a_diagram_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="cannot be written"):
+        reliability_diagram(tmp_path, [{"confidence": 1.0, "accuracy": 1.0, "n": 1}], title="t")

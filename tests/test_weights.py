@@ -16,15 +16,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dsd import adapt, prompts
-from dsd.adapt import FitConfig, choice_loss, fit, folds, importance
+from dsd.adapt import fit
 from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
 from dsd.contracts import AdapterError, Example, OptionError
+from dsd.learn import FitConfig, Learner, choice_loss, importance
+from dsd.lesson import choices_of, folds
 from dsd.matcher import Matcher
 from dsd.metrics import expected_calibration_error, wins
 from dsd.scorer import Scorer
 from dsd.scores import WEIGHTED, Features, Score, ScoreConfig
 from dsd.weights import Choice, Choices, choose, fit_weights
+from looks import looks_as
 from models import picture
 
 Pipe = Callable[..., str]
@@ -323,7 +326,7 @@ def test_weights_are_learned_on_a_toy(pipe: Pipe, taught: tuple[Scorer, Adapter]
     assert training["kept"]
     assert training["validation_examples"] == training["examples"] == 40
     assert training["weights"]["folds"] == 4
-    assert 0 <= training["weights"]["calibration_error"] <= 0.3
+    assert 0 <= training["calibration"]["error"] <= 0.3
     assert adapter.scale is not None
     json.dumps(training, allow_nan=False)
     fresh = toy(40, 2)
@@ -402,7 +405,7 @@ def test_importance_equals_finite_differences(backbone: Backbone) -> None:
     def losses(weights: torch.Tensor) -> np.ndarray:
         scorer.use(config, weights)
         made = [torch.from_numpy(scorer.predict(e.pairs)).double() / spread for e in examples]
-        return np.array([choice_loss(t, adapt._choices(e), "softmax", 0) for t, e in zip(made, examples, strict=True)])
+        return np.array([choice_loss(t, choices_of(e), "softmax", 0) for t, e in zip(made, examples, strict=True)])
 
     expected = torch.zeros_like(uniform)
     for step, place in torch.nonzero(uniform).tolist():
@@ -417,11 +420,11 @@ def test_weights_of_heads_learn(pipe: Pipe, method: Any, monkeypatch: pytest.Mon
     """What changes more is called better, for only the steps count here."""
     seen: list[np.ndarray] = []
 
-    def look(scorer: Scorer, examples: Any) -> Any:
+    def look(scorer: Scorer) -> float:
         seen.append(scorer.predict(PAIRS))
-        return adapt._Validation(np.ones(2), np.array([1.0, 1.01]) / len(seen), 1.0)
+        return 1 / len(seen)
 
-    monkeypatch.setattr(adapt, "_validate", look)
+    looks_as(monkeypatch, look)
     made = Scorer(load_backbone(pipe()), ScoreConfig("attention", TIMESTEPS))
     zero = made.predict(PAIRS)
     adapter = fit(made, toy(6, 0), toy(2, 1), config=replace(QUICK, method=method))
@@ -440,25 +443,23 @@ def test_a_stopped_fit_of_heads_goes_on(
     pipe: Pipe, tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(QUICK, method=method)
-    better = iter(range(1, 100))
-    monkeypatch.setattr(
-        adapt, "_validate", lambda *_: adapt._Validation(np.ones(2), np.array([1.0, 1.01]) / next(better), 1.0)
-    )
+    looks = iter(range(1, 100))
+    looks_as(monkeypatch, lambda _: 1 / next(looks))
 
     def run(**given: Any) -> Adapter:
         return fit(Scorer(load_backbone(pipe()), ScoreConfig("attention", TIMESTEPS)), toy(6, 0), toy(2, 1), **given)
 
     whole = run(config=config)
-    step = adapt._Learner.step
+    step = Learner.step
 
-    def until(self: Any) -> None:
+    def until(self: Learner) -> float:
         if self.done == 3:
             raise KeyboardInterrupt
-        step(self)
+        return step(self)
 
     keeper = tmp_path / "fit.checkpoint"
     with monkeypatch.context() as patch:
-        patch.setattr(adapt._Learner, "step", until)
+        patch.setattr(Learner, "step", until)
         with pytest.raises(KeyboardInterrupt):
             run(config=config, checkpoint=keeper)
     assert keeper.exists()
@@ -481,11 +482,7 @@ def test_heads_of_a_score_without_heads(pipe: Pipe) -> None:
 def test_prompts_then_weights(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, better: bool) -> None:
     """Weights are fitted on examples that the prompts were not taught on, or on all if no prompts were kept."""
     count = iter(range(1, 100))
-
-    def look(scorer: Scorer, examples: Any) -> Any:
-        return adapt._Validation(np.ones(2), np.array([1.0, 1.01]) / (next(count) if better else 1), 1.0)
-
-    monkeypatch.setattr(adapt, "_validate", look)
+    looks_as(monkeypatch, lambda _: 1 / next(count) if better else 1.0)
     used: list[int] = []
     real = adapt.fit_weights
 

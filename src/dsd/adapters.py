@@ -22,6 +22,7 @@ from dsd.backbone.loading import resolve
 from dsd.contracts import AdapterError, ModelError, OptionError
 from dsd.exchange import LORA_FILE, read_authors, read_lora, write_lora
 from dsd.prompts import PromptConfig
+from dsd.report import reliability_diagram
 from dsd.scores import WEIGHTED, Features, ScoreConfig
 
 
@@ -32,10 +33,12 @@ class Adapter:
     Attributes:
         base: The fingerprint of the base model (see :func:`fingerprint`); None for adapters in the formats of others.
         score: The score that was taught.
-        prompts: Where the prompts go; None if the zero-shot score was kept.
+        prompts: Where the prompts go; None if there are none.
         state: The prompts' tensors by name, float32.
         size: Pixels a side of the pictures it was taught on.
-        training: Configuration, curve and figures of the training, plain values.
+        training: Configuration, curve and figures of the training, plain values. Its ``calibration`` says how far
+            probabilities can be taken at their word: ``{"error": float, "bins": [...], "held_out": examples}``, see
+            :func:`dsd.metrics.reliability`.
         scale: Turns score differences into log-odds: probabilities are ``softmax(scale * scores)``.
         weights: (timesteps, features) float32 of a ``weighted`` score; None for others.
         features: What each column of the weights is of; see :class:`dsd.scores.Features`.
@@ -52,7 +55,10 @@ class Adapter:
     features: tuple[str, ...] | None = None
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder, which appears whole."""
+        """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder, which appears whole.
+
+        Besides them a card, and a picture of the calibration if the training says how it is.
+        """
         out = check_out(folder)
         config = {
             "format": _FORMAT,
@@ -70,6 +76,10 @@ class Adapter:
             save_file(tensors, part / _WEIGHTS)
             (part / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
             (part / "README.md").write_text(_card(self, out.name), "utf-8")
+            if "calibration" in self.training:
+                found = self.training["calibration"]
+                note = f"{found['held_out']:,} held-out examples; the larger a point, the more predictions"
+                reliability_diagram(part / _RELIABILITY, found["bins"], title=out.name, note=note)
             part.chmod(0o755)
             if out.exists():
                 old = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.old."))
@@ -148,6 +158,11 @@ class Adapter:
                 "got an adapter without prompts (the zero-shot score was kept, or only its weights were learned), "
                 "expected one with prompts; a pipeline has nothing to load of it"
             )
+        if self.prompts.tokens:
+            raise AdapterError(
+                "got an adapter with soft tokens, which a LoRA has no place for, expected one of prompts alone; learn "
+                "it with --method prompt"
+            )
         return write_lora(folder, self.prompts, self.state)
 
     def attach(self, backbone: Backbone) -> None:
@@ -180,6 +195,7 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = "adapter_model.safetensors"
 _LEARNED = "weights"
 _AUTHORS = "pytorch_model.bin"
+_RELIABILITY = "reliability.png"
 
 
 def check_out(folder: str | os.PathLike[str]) -> Path:
@@ -201,7 +217,9 @@ def check_out(folder: str | os.PathLike[str]) -> Path:
 
 def fingerprint(backbone: Backbone) -> dict[str, Any]:
     """What tells one base model from another, whatever precision it is loaded in: a size and some weights."""
-    weights = [(n, p) for n, p in backbone.denoiser.named_parameters() if p.ndim > 1 and ".lora_" not in n]
+    added = (".lora_", prompts.TOKENS)
+    named = backbone.denoiser.named_parameters()
+    weights = [(n, p) for n, p in named if p.ndim > 1 and not any(part in n for part in added)]
     chosen = weights[:: max(1, len(weights) // 32)]
     sample = [round(float(p.detach().flatten()[p.numel() // 2]), 5) for _, p in chosen]
     return {"name": backbone.name, "parameters": sum(p.numel() for _, p in weights), "sample": sample}
@@ -218,12 +236,13 @@ def _card(adapter: Adapter, name: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     base = "unknown" if adapter.base is None else str(adapter.base["name"])
-    training = adapter.training
+    training, config = adapter.training, adapter.prompts
+    low_rank = config is not None and bool(config.ranks or config.projections)
     head = ModelCardData(
         base_model=_hub_name(base),
         library_name="dsd",
         license=cards().get(base, {}).get("licence"),
-        tags=["image-text-matching", "few-shot", "diffusion", *(() if adapter.prompts is None else ("lora",))],
+        tags=["image-text-matching", "few-shot", "diffusion", *(("lora",) if low_rank else ())],
     )
     lines = [
         f"# {name}",
@@ -234,10 +253,12 @@ def _card(adapter: Adapter, name: str) -> str:
         "",
         f"- Score: `{adapter.score.kind}` at timesteps {', '.join(map(str, adapter.score.timesteps))}",
     ]
-    if adapter.prompts is not None or adapter.weights is None:
-        lines.append(f"- Prompts: {_prompts_in_words(adapter.prompts)}")
+    if config is not None:
+        lines.append(f"- Learned prompts: {_prompts_in_words(config)}")
     if adapter.weights is not None:
         lines.append(f"- Learned weights: {len(adapter.features or ())} features at each timestep")
+    if config is None and adapter.weights is None:
+        lines.append("- Learned: nothing, the zero-shot score did as well")
     if "examples" in training:
         data = training.get("data", {})
         sums = [f" (checksum {data[part]})" if part in data else "" for part in ("examples", "validation")]
@@ -262,9 +283,16 @@ def _card(adapter: Adapter, name: str) -> str:
                 metric_value=figures["after"],
             )
         ]
+    if "calibration" in training:
+        found = training["calibration"]
+        lines += [
+            f"- Expected calibration error: {found['error']:.3f} on {found['held_out']:,} held-out examples",
+            "",
+            f"![How often predictions are right against how sure they are]({_RELIABILITY})",
+        ]
     call = f'matcher = dsd.Matcher.from_pretrained("{base}", adapter="{name}")'
     lines += ["", "```python", "import dsd", "", call, "```", ""]
-    if adapter.prompts is not None:
+    if config is not None and not config.tokens:
         lines += [f"For stock diffusers pipelines, as a LoRA: `dsd export {name} --out {name}-lora`", ""]
     return f"---\n{head.to_yaml()}\n---\n" + "\n".join(lines)
 
@@ -277,9 +305,12 @@ def _hub_name(model: str) -> str | None:
     return None if isinstance(found, Path) else found
 
 
-def _prompts_in_words(config: PromptConfig | None) -> str:
-    if config is None:
-        return "none, the zero-shot score did as well"
+def _prompts_in_words(config: PromptConfig) -> str:
+    parts = []
     if config.ranks is not None:
-        return f"rank {', '.join(map(str, sorted(set(config.ranks.values()))))} on {len(config.ranks)} modules"
-    return f"rank {config.rank} on {', '.join(config.projections)}"
+        parts.append(f"rank {', '.join(map(str, sorted(set(config.ranks.values()))))} on {len(config.ranks)} modules")
+    elif config.projections:
+        parts.append(f"rank {config.rank} on {', '.join(config.projections)}")
+    if config.tokens:
+        parts.append(f"{config.tokens} soft tokens")
+    return " and ".join(parts)

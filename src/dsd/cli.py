@@ -12,14 +12,26 @@ from typing import TYPE_CHECKING, Any
 from dsd.contracts import DsdError, OptionError
 
 if TYPE_CHECKING:
-    from dsd.adapt import FitConfig
     from dsd.contracts import Example
+    from dsd.learn import FitConfig
     from dsd.matcher import Matcher
     from dsd.prompts import PromptConfig
 
 # Written out, for the lists live in modules that import torch; a test keeps them equal.
 SCORE_KINDS = ("attention", "attention-mass", "denoising", "paper", "paper-attention")
-METHODS = ("prompt", "weights", "heads", "prompt+heads", "prompt+weights")
+METHODS = (
+    "prompt",
+    "tokens",
+    "heads",
+    "weights",
+    "prompt+tokens",
+    "prompt+heads",
+    "tokens+heads",
+    "prompt+tokens+heads",
+    "prompt+weights",
+    "tokens+weights",
+    "prompt+tokens+weights",
+)
 WORLD_TASKS = ("comvg", "refcocog", "vqa", "winoground")
 LEVELS = ("easy", "standard", "hard")
 SPLITS = ("few-shot", "val", "test")
@@ -79,9 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     fit = add("fit", _fit, "Learn from labelled examples; writes an adapter that --adapter reads.")
     fit.add_argument("manifest", metavar="MANIFEST", help="JSONL or CSV of examples")
     fit.add_argument("--out", required=True, metavar="DIR", help="folder of the adapter")
-    fit.add_argument("--val", metavar="MANIFEST", help="examples to stop by; default: a share of those to learn from")
-    _learning_options(fit)
+    fit.add_argument("--val", metavar="MANIFEST", help="examples to stop by; default: those to learn from, by turns")
     fit.add_argument("--resume", action="store_true", help="go on with a fit of the same request that was stopped")
+    fit.add_argument("--log", metavar="FILE", help="loss by step: a .jsonl file, or a folder for TensorBoard")
+    _learning_options(fit)
     _model_options(fit, adapter=False)
 
     export = add("export", _export, "Write an adapter's prompts for stock diffusers pipelines.", form=False)
@@ -148,11 +161,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _learning_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--method", choices=METHODS, default="prompt", help="what is learned (default: %(default)s)")
-    command.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
-    command.add_argument("--rank", type=int, default=4, help="rank of the prompts (default: %(default)s)")
-    command.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
-    command.add_argument("--learning-rate", type=float, metavar="LR")
+    group = command.add_argument_group("learning")
+    group.add_argument(
+        "--method", choices=METHODS, default="prompt", metavar="M", help=f"{', '.join(METHODS)} (default: %(default)s)"
+    )
+    group.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
+    group.add_argument("--rank", type=int, default=4, help="rank of the prompts (default: %(default)s)")
+    group.add_argument("--prompt-scale", type=float, default=1.0, metavar="X", help="multiplies the prompts' change")
+    group.add_argument(
+        "--projections", metavar="P,P,...", help="what prompts change, of q,k,v,out (default: all of them)"
+    )
+    group.add_argument(
+        "--attention",
+        choices=("cross", "self", "all"),
+        default="cross",
+        help="attention layers that are prompted (default: %(default)s)",
+    )
+    group.add_argument("--prompt-layers", metavar="L,L,...", help="of the cross-attention layers, such as mid_block")
+    group.add_argument("--tokens", type=int, default=0, metavar="N", help="soft tokens, where these are learned")
+    group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
+    group.add_argument("--learning-rate", type=float, metavar="LR")
+    group.add_argument("--negatives", type=int, metavar="N", help="captions of others for each right pair")
+    group.add_argument(
+        "--image-negatives", type=int, metavar="N", help="pictures of other examples for each right pair"
+    )
+    group.add_argument("--swaps", type=int, metavar="N", help="captions with two words exchanged for each right pair")
+    held = group.add_mutually_exclusive_group()
+    held.add_argument("--folds", type=int, metavar="N", help="parts that are held out by turns")
+    held.add_argument("--hold-out", type=float, metavar="SHARE", help="hold out this share once instead: faster")
+    group.add_argument("--gradient-accumulation-steps", type=int, metavar="N", help="parts of a batch, to save memory")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="compute again rather than keep in memory")
 
 
 def _model_options(command: argparse.ArgumentParser, adapter: bool = True) -> None:
@@ -276,6 +314,8 @@ def _fit(a: argparse.Namespace) -> None:
     validation = None if a.val is None else read_manifest(a.val)
     check_out(a.out)  # not after hours of learning
     config, prompt = _lesson(a)
+    accelerator = _accelerator(a)
+    leads = accelerator is None or accelerator.is_main_process
     matcher = _matcher(a)
     matcher.fit(
         examples,
@@ -285,7 +325,11 @@ def _fit(a: argparse.Namespace) -> None:
         progress=_watched(),
         checkpoint=f"{a.out.rstrip('/')}.checkpoint",
         resume=a.resume,
+        log=a.log,
+        accelerator=accelerator,
     )
+    if not leads:
+        return
     out = matcher.save_pretrained(a.out)
     assert matcher.adapter is not None
     training = matcher.adapter.training
@@ -293,8 +337,9 @@ def _fit(a: argparse.Namespace) -> None:
         _print_json({"adapter": str(out), **training})
         return
     before, after = training["validation"]["before"], training["validation"]["after"]
-    by_turns = a.method == "weights" and validation is None
-    judges = "on the same, held out by turns" if by_turns else f"on {training['validation_examples']} others"
+    judges = (
+        "on the same, held out by turns" if training["turns"] > 1 else f"on {training['validation_examples']} others"
+    )
     _print(f"{out}: learned from {training['examples']} examples; {judges}:")
     _print_table(
         [{"": "zero-shot", "accuracy": f"{before:.3f}"}, {"": "learned", "accuracy": f"{after:.3f}"}], ("", "accuracy")
@@ -303,13 +348,49 @@ def _fit(a: argparse.Namespace) -> None:
         print("Learning was not clearly better than the zero-shot score there, so the zero-shot score was kept.")
 
 
+def _accelerator(a: argparse.Namespace) -> Any:
+    """What ``accelerate launch`` started this process for; None if it did not."""
+    if not any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")):
+        return None
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=a.device == "cpu")
+    if a.device is None:
+        a.device = str(accelerator.device)
+    return accelerator
+
+
 def _lesson(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
-    from dsd.adapt import FitConfig
+    from dsd.learn import FitConfig
     from dsd.prompts import PromptConfig
 
-    given = {"steps": a.max_steps, "learning_rate": a.learning_rate, "seed": a.seed}
-    config = FitConfig(method=a.method, objective=a.objective, **{k: v for k, v in given.items() if v is not None})
-    return config, PromptConfig(rank=a.rank)
+    given = {
+        "steps": a.max_steps,
+        "learning_rate": a.learning_rate,
+        "seed": a.seed,
+        "negatives": a.negatives,
+        "image_negatives": a.image_negatives,
+        "swaps": a.swaps,
+        "folds": a.folds,
+        "validation": a.hold_out,
+        "gradient_accumulation_steps": a.gradient_accumulation_steps,
+    }
+    config = FitConfig(
+        method=a.method,
+        objective=a.objective,
+        gradient_checkpointing=a.gradient_checkpointing,
+        **{k: v for k, v in given.items() if v is not None},
+    )
+    where: dict[str, Any] = {}
+    if a.projections is not None:
+        names = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+        unknown = [p for p in a.projections.split(",") if p not in names]
+        if unknown:
+            raise OptionError(f"got projections {', '.join(unknown)}, expected some of {', '.join(names)}")
+        where["projections"] = tuple(names[p] for p in a.projections.split(","))
+    if a.prompt_layers is not None:
+        where["layers"] = tuple(a.prompt_layers.split(","))
+    return config, PromptConfig(rank=a.rank, scale=a.prompt_scale, attention=a.attention, tokens=a.tokens, **where)
 
 
 def _export(a: argparse.Namespace) -> None:

@@ -19,11 +19,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dsd.adapt import FitConfig, folds, split
+from dsd.adapt import turns_of
 from dsd.adapters import fingerprint
 from dsd.contracts import Example, ManifestError, OptionError
 from dsd.evaluate import Metric, dataset_checksum, evaluate, installed_versions, write_text
 from dsd.images import content_hash, load_image
+from dsd.learn import FitConfig
+from dsd.lesson import folds
 from dsd.matcher import Matcher
 from dsd.metrics import crossed_interval, outcomes, paired_difference
 from dsd.prompts import PromptConfig
@@ -201,8 +203,7 @@ def learning_curve(
             curve of the same request that is there already goes on.
         shots: Numbers of examples; zero-shot is always measured.
         seeds: How many draws of each; the first has the seed of ``config``.
-        validation: Examples that every fit stops by. None lets each hold out some of its own (:func:`dsd.adapt.fit`);
-            with prompts it is one of four, by which nothing can be clearly better, so that zero-shot is kept.
+        validation: Examples that every fit stops by. None lets each hold out its own by turns (:func:`dsd.adapt.fit`).
         config, prompt: How to learn, see :func:`dsd.adapt.fit`.
         name: What the curve is of.
         announce: Is told how much work there is, before it starts.
@@ -364,11 +365,14 @@ def _check_fewest(drawn: Sequence[Example], validated: bool, config: FitConfig) 
     """Refuses what :func:`dsd.adapt.fit` would refuse later, after the zero-shot score was measured."""
     if config.method == "weights":
         folds(drawn, config.folds, config.seed)
-    elif not (validated or all(split(drawn, config.validation, config.seed))):
-        raise OptionError(
-            f"got {len(drawn)} shots, expected enough to learn from some and stop by others with pictures of their "
-            "own; ask for more, or give validation examples"
-        )
+    elif not validated:
+        try:
+            turns_of(drawn, None, config)
+        except OptionError:
+            raise OptionError(
+                f"got {len(drawn)} shots, expected enough to learn from some and hold out others with pictures of "
+                "their own; ask for more, or give validation examples"
+            ) from None
 
 
 def _blind(examples: Sequence[Example]) -> np.ndarray:

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsd.adapt import FitConfig
 from dsd.contracts import Example, OptionError
 from dsd.evaluate import Result, evaluate, write_text
+from dsd.learn import FitConfig
 from dsd.matcher import Matcher
 from dsd.report import (
     Comparison,
@@ -66,7 +66,7 @@ def run(out: str, *, shots: int = 128, held_out: int = 200, seed: int = 0) -> No
     _say(f"3. Teach the attention score from {shots} examples")
     examples = [e for i, task in enumerate(TASKS) for e in _few(task, (shots + 1 - i) // len(TASKS), seed)]
     judge = Matcher(matcher.backbone, ScoreConfig("attention", timesteps, seed=seed))
-    judge.fit(examples, config=FitConfig(steps=150, seed=seed), progress=True)
+    judge.fit(examples, config=FitConfig(steps=150, validation=0.25, seed=seed), progress=True)
     judge.save_pretrained(folder / "adapter")
 
     _say("4. Measure again on the same held-out examples")

@@ -13,6 +13,7 @@ from dsd.backbone import TextStates
 from dsd.contracts import ImageInput
 from dsd.images import load_image, resize_crop
 from dsd.probe import Probe, select_layers
+from dsd.prompts import join_tokens
 from dsd.scorer import Scorer, check_text
 
 
@@ -44,6 +45,7 @@ def word_maps(scorer: Scorer, image: ImageInput, text: str) -> WordMaps:
     (latent,) = scorer.latents([picture])
     (states,) = scorer.texts([text])
     backbone, config = scorer.backbone, scorer.score.config
+    states = join_tokens(backbone.denoiser, states)
     layers = scorer.score.layers or select_layers(backbone.denoiser, config.layers)
     timesteps = torch.tensor(config.timesteps, device=backbone.device)
     side = latent.shape[-2:]

@@ -14,13 +14,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 
 from dsd import prompts
-from dsd.adapt import FitConfig, fit
+from dsd.adapt import fit
 from dsd.adapters import Adapter
 from dsd.backbone import Backbone, default_timesteps, load_backbone
 from dsd.contracts import (
@@ -35,9 +35,13 @@ from dsd.contracts import (
     image_name,
 )
 from dsd.explain import WordMaps, word_maps
+from dsd.learn import FitConfig
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import WEIGHTED, ScoreConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 class Matcher:
@@ -240,6 +244,8 @@ class Matcher:
         prompt: PromptConfig | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
+        log: str | os.PathLike[str] | None = None,
+        accelerator: Accelerator | None = None,
         progress: bool = False,
     ) -> Self:
         """Teaches the matcher from labelled examples; see :func:`dsd.adapt.fit`. An earlier lesson is forgotten."""
@@ -252,6 +258,8 @@ class Matcher:
             prompt=prompt,
             checkpoint=checkpoint,
             resume=resume,
+            log=log,
+            accelerator=accelerator,
             progress=progress,
         )
         return self

@@ -17,6 +17,8 @@ from dsd.contracts import Example, ManifestError
 Positives = Sequence[tuple[int, int]]
 
 _GROUP = {(0, 0), (1, 1)}
+_BINS = 10
+"""Of probabilities; for a few hundred predictions, such as few-shot learning has to judge by."""
 _CELLS = 4_000_000
 """Most numbers drawn at once in a bootstrap (32 MB)."""
 
@@ -175,27 +177,46 @@ def paired_difference(
     return {"value": value, "low": float(low), "high": float(high), "p": (1 + extreme) / (1 + resamples)}
 
 
-def expected_calibration_error(
-    probabilities: Sequence[float] | np.ndarray, hits: Sequence[float] | np.ndarray, bins: int = 15
-) -> float:
-    """How far probabilities lie from what comes true: the mean over predictions of the gap within their bin.
+def reliability(
+    confidence: Sequence[float] | np.ndarray, correct: Sequence[float] | np.ndarray, bins: int = _BINS
+) -> list[dict[str, float]]:
+    """How often predictions come true that are equally sure: a reliability diagram's bins (Guo et al. 2017).
 
     Args:
-        probabilities: (n,) in 0..1, that a prediction is right.
-        hits: (n,) in 0..1, whether it is.
+        confidence: (n,) in 0..1, the probability that a prediction is right.
+        correct: (n,) in 0..1, whether it is.
         bins: Of equal width; the last holds 1, the others their lower edge.
+
+    Returns:
+        Of each bin that is not empty, from the least to the most sure, the means ``confidence`` and ``accuracy`` of its
+        predictions, and how many they are, ``n``.
 
     Raises:
         ValueError: The lengths differ, there are no values, one is outside 0..1, or ``bins`` is less than 1.
     """
-    claimed, true = _finite(probabilities), _finite(hits)
+    claimed, true = _finite(confidence), _finite(correct)
     if claimed.shape != true.shape or min(claimed.min(), true.min()) < 0 or max(claimed.max(), true.max()) > 1:
         raise ValueError(f"got {len(claimed)} probabilities and {len(true)} hits, expected as many, all in 0..1")
     if bins < 1:
         raise ValueError(f"got {bins} bins, expected at least 1")
     place = np.minimum((claimed * bins).astype(int), bins - 1)
-    gaps = np.abs(np.bincount(place, claimed - true, bins))
-    return float(gaps.sum() / len(claimed))
+    columns = (np.bincount(place, values, bins) for values in (claimed, true))
+    return [
+        {"confidence": float(sure / n), "accuracy": float(right / n), "n": int(n)}
+        for n, sure, right in zip(np.bincount(place, minlength=bins), *columns, strict=True)
+        if n
+    ]
+
+
+def expected_calibration_error(
+    confidence: Sequence[float] | np.ndarray, correct: Sequence[float] | np.ndarray, bins: int = _BINS
+) -> float:
+    """How far probabilities lie from what comes true: the mean over predictions of the gap within their bin.
+
+    Bins, arguments and errors are those of :func:`reliability`.
+    """
+    found = reliability(confidence, correct, bins)
+    return sum(b["n"] * abs(b["confidence"] - b["accuracy"]) for b in found) / len(confidence)
 
 
 def _check(examples: Sequence[Example], score_matrices: Sequence[np.ndarray]) -> None:

@@ -110,6 +110,7 @@ class Probe:
         probe.records["mid_block.attentions.0.transformer_blocks.0.attn2"].own
 
     Each pass replaces the records of the one before. On every exit, also by an exception, the model is as it was.
+    Gradients of records reach into regions under gradient checkpointing as well.
 
     Args:
         denoiser: The network to listen to.
@@ -129,11 +130,20 @@ class Probe:
         unknown = [name for name in layers if name not in known]
         if unknown:
             raise OptionError(f"got layers {unknown}, expected some of {list(known)}")
-        self.records: dict[str, LayerRecord] = {}
         self._layers = {name: known[name] for name in layers}
         self._own = own
         self._maps = maps
+        self._heard: dict[str, tuple[Tensor, Tensor]] = {}
+        self._records: dict[str, LayerRecord] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def records(self) -> dict[str, LayerRecord]:
+        """What each layer did in the last pass, by name; differentiable if that pass was."""
+        with torch.enable_grad():
+            for name in list(self._heard):
+                self._settle(name)
+        return self._records
 
     def __enter__(self) -> Self:
         try:
@@ -163,10 +173,18 @@ class Probe:
             return hook
 
         def finish(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-            self.records[name] = self._record(layer, heard.pop("query"), heard.pop("key"))
+            self._heard[name] = heard.pop("query"), heard.pop("key")
+            # With gradients, hooks must compute nothing: under gradient checkpointing the layer runs again in the
+            # backward pass, without them, and has to save the same tensors. Without, queries are freed layer by layer.
+            if not torch.is_grad_enabled():
+                self._settle(name)
 
         for module, hook in ((layer.to_q, keep("query")), (layer.to_k, keep("key")), (layer, finish)):
             self._handles.append(module.register_forward_hook(hook))
+
+    def _settle(self, name: str) -> None:
+        """Turns what was heard of a layer into its record."""
+        self._records[name] = self._record(self._layers[name], *self._heard.pop(name))
 
     def _record(self, layer: Attention, query: Tensor, key: Tensor) -> LayerRecord:
         # (n, length, heads * d) => (n, heads, length, d)

@@ -1,7 +1,7 @@
-"""Low-rank attention prompts: what few-shot learning adds to a frozen denoiser.
+"""Prompts: what few-shot learning adds to a frozen denoiser.
 
-He et al. 2023, learn a low-rank change of the query, key, value and output projections of the
-attention layers; ``peft`` puts it there.
+He et al. 2023 learn a low-rank change of the query, key, value and output projections of the attention layers;
+``peft`` puts it there. Soft tokens (Lester et al. 2021) are learned token states that join every caption's.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,11 +19,14 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from dsd.backbone import TextStates
 from dsd.contracts import AdapterError, OptionError
-from dsd.probe import select_layers
+from dsd.probe import cross_attention_layers, select_layers
 
 Projection = Literal["to_q", "to_k", "to_v", "to_out.0"]
 _ADAPTER = "dsd"
+TOKENS = "soft_tokens"
+"""The name of the soft tokens among what was learned."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class PromptConfig:
         projections: Which of a layer's projections are prompted.
         attention: ``cross`` for image-to-text layers, ``self`` for image-to-image ones, or ``all``.
         layers: Patterns of cross-attention layers, as in :class:`dsd.scores.ScoreConfig`; for ``cross`` alone.
+        tokens: How many soft tokens join every caption; they count among its own.
         ranks: Names of modules of the denoiser and the rank of each, for prompts that others placed; the fields above,
             except the scale, then count for nothing.
     """
@@ -45,13 +49,16 @@ class PromptConfig:
     projections: tuple[Projection, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     attention: Literal["cross", "self", "all"] = "cross"
     layers: tuple[str, ...] | None = None
+    tokens: int = 0
     ranks: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *(self.ranks or {}).values()):
             if not 1 <= rank <= 1024:
                 raise OptionError(f"got rank {rank}, expected 1 to 1024")
-        if not self.projections or not set(self.projections) <= set(get_args(Projection)):
+        if not 0 <= self.tokens <= 1024:
+            raise OptionError(f"got {self.tokens} soft tokens, expected 0 to 1024")
+        if not set(self.projections) <= set(get_args(Projection)) or not (self.projections or self.tokens):
             raise OptionError(f"got projections {self.projections}, expected some of {get_args(Projection)}")
         if self.attention not in ("cross", "self", "all"):
             raise OptionError(f"got attention {self.attention!r}, expected cross, self or all")
@@ -107,18 +114,33 @@ def lora_options(ranks: Mapping[str, int], scale: float = 1.0) -> dict[str, Any]
     }
 
 
+def check_bare(denoiser: nn.Module) -> None:
+    """Refuses a denoiser that carries prompts.
+
+    Raises:
+        AdapterError: If it does.
+    """
+    if parameters(denoiser):
+        raise AdapterError("got a model that already carries prompts, expected a bare one; load the model anew")
+
+
 def attach(denoiser: nn.Module, config: PromptConfig, seed: int = 0) -> None:
-    """Adds prompts that change nothing yet; :func:`parameters` are then ready to learn.
+    """Adds prompts, which change nothing yet, and soft tokens; :func:`parameters` are then ready to learn.
 
     Raises:
         AdapterError: If the denoiser already carries prompts, or lacks modules that ``config`` names.
     """
-    if any(_layers(denoiser)):
-        raise AdapterError("got a model that already carries prompts, expected a bare one; load the model anew")
+    check_bare(denoiser)
     names = targets(denoiser, config)
     ranks = config.ranks or dict.fromkeys(names, config.rank)
-    inject_adapter_in_model(LoraConfig(**lora_options(ranks, config.scale)), denoiser, adapter_name=_ADAPTER)
     generator = torch.Generator().manual_seed(seed)
+    if config.tokens:
+        first = next(iter(cross_attention_layers(denoiser).values())).to_k
+        states = torch.randn((config.tokens, first.in_features), generator=generator)
+        denoiser.add_module(TOKENS, _SoftTokens(states.to(first.weight.device)))
+    if not ranks:
+        return
+    inject_adapter_in_model(LoraConfig(**lora_options(ranks, config.scale)), denoiser, adapter_name=_ADAPTER)
     with torch.no_grad():
         for _, layer in _layers(denoiser):
             down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
@@ -141,11 +163,16 @@ def detach(denoiser: nn.Module) -> None:
             setattr(owner, child, layer.get_base_layer())
     if hasattr(denoiser, "peft_config"):
         del denoiser.peft_config
+    if _tokens(denoiser) is not None:
+        delattr(denoiser, TOKENS)
 
 
 def parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     """The prompts' own parameters by name."""
     found = {}
+    tokens = _tokens(denoiser)
+    if tokens is not None:
+        found[TOKENS] = tokens.states
     for name, layer in _layers(denoiser):
         found[f"{name}.lora_A.weight"] = layer.lora_A[_ADAPTER].weight
         found[f"{name}.lora_B.weight"] = layer.lora_B[_ADAPTER].weight
@@ -183,7 +210,10 @@ def load_state(denoiser: nn.Module, values: Mapping[str, Tensor]) -> None:
 @contextmanager
 def disabled(denoiser: nn.Module) -> Iterator[None]:
     """The model without its prompts, inside this context."""
-    layers = [layer for _, layer in _layers(denoiser)]
+    layers: list[Any] = [layer for _, layer in _layers(denoiser)]
+    tokens = _tokens(denoiser)
+    if tokens is not None:
+        layers.append(tokens)
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -191,6 +221,31 @@ def disabled(denoiser: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+def join_tokens(denoiser: nn.Module, text: TextStates) -> TextStates:
+    """Captions with the denoiser's soft tokens behind them, as own tokens of no word; as they are if it has none."""
+    tokens = _tokens(denoiser)
+    if tokens is None or not tokens.enabled:
+        return text
+    soft = tokens.states.to(text.states.dtype).expand(len(text), -1, -1)
+    own = torch.ones(soft.shape[:2], dtype=torch.bool, device=soft.device)
+    return replace(text, states=torch.cat([text.states, soft], 1), own=torch.cat([text.own, own], 1))
+
+
+class _SoftTokens(nn.Module):
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = nn.Parameter(states)
+        self.enabled = True
+
+    def enable_adapters(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+
+def _tokens(denoiser: nn.Module) -> _SoftTokens | None:
+    found = getattr(denoiser, TOKENS, None)
+    return found if isinstance(found, _SoftTokens) else None
 
 
 def _layers(denoiser: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

@@ -442,6 +442,69 @@ def learning_curve_chart(
     _save_png(path, picture.resize((2 * _WIDE, 2 * _HIGH), Image.Resampling.LANCZOS))
 
 
+def reliability_diagram(
+    path: str | PathLike[str], bins: Sequence[Mapping[str, float]], *, title: str, note: str = ""
+) -> None:
+    """Draws how often predictions are right against how sure they are, as a PNG, and below how many are so sure.
+
+    Well calibrated ones lie on the diagonal; their distance from it makes the expected calibration error, which heads
+    the picture.
+
+    Args:
+        path: Where to; folders are made as needed.
+        bins: At least one, as :func:`dsd.metrics.reliability` has them.
+        title: Of what, after the error.
+        note: A line below it; each is cut where it does not fit.
+
+    Raises:
+        OptionError: The file cannot be written.
+    """
+    wide, high = 500, 686
+    picture = Image.new("RGB", (wide * _DRAWN, high * _DRAWN), _PAPER)
+    pen = _Pen(ImageDraw.Draw(picture))
+    left, right, top, floor, bottom = 64, wide - 36, 106, high - 180, high - 64
+    total = sum(b["n"] for b in bins)
+    error = sum(b["n"] * abs(b["accuracy"] - b["confidence"]) for b in bins) / total
+    pen.text(20, 24, f"ECE {error:.3f}: {title}", "lt", size=18, colour=_INK, width=wide - 40)
+    pen.text(20, 50, note, "lt", size=12.5, width=wide - 40)
+
+    def place(confidence: float, accuracy: float) -> tuple[float, float]:
+        return left + (right - left) * confidence, floor - (floor - top) * accuracy
+
+    for tick in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        pen.line(place(0, tick), place(1, tick), _RULE)
+        pen.line((place(tick, 0)[0], bottom), (place(tick, 0)[0], bottom + 5), _SOFT)
+        pen.text(left - 10, place(0, tick)[1], f"{tick:.1f}", "rm")
+        pen.text(place(tick, 0)[0], bottom + 18, f"{tick:.1f}", "mm")
+    pen.text(20, top - 20, "accuracy", "lm")
+    pen.text((left + right) / 2, bottom + 44, "confidence", "mm")
+    pen.text(20, floor + 26, "predictions", "lm")
+    pen.text(*place(0.03, 0.95), "underconfident", "lm", size=12)
+    pen.text(*place(0.97, 0.05), "overconfident", "rm", size=12)
+    for height in (floor, bottom):
+        pen.line((left, height), (right, height), _SOFT, 1.25)
+    pen.line(place(0, 0), place(1, 1), _SOFT, 1.25, dash=6)
+
+    most, tallest = max(b["n"] for b in bins), bottom - floor - 52
+    for b in bins:
+        x, y = place(b["confidence"], b["accuracy"])
+        pen.line((x, y), place(b["confidence"], b["confidence"]), _PALE, 4)
+        pen.box((x - 9, bottom - max(1, tallest * b["n"] / most)), (x + 9, bottom), _PALE)
+    numbered = -math.inf
+    for b in bins:
+        # its area is in proportion to the number of predictions
+        x, y = place(b["confidence"], b["accuracy"])
+        pen.dot((x, y), max(3.0, 11 * math.sqrt(b["n"] / most)), _BLUE)
+        number = f"{b['n']:,}"
+        half = 3.5 * len(number) + 3
+        middle = min(x, wide - 16 - half)
+        if middle - half >= numbered:  # else they would run together
+            numbered = middle + half
+            pen.text(middle, bottom - tallest * b["n"] / most - 9, number, "mm", size=12, colour=_INK)
+    # drawn larger and shrunk, for smooth edges
+    _save_png(path, picture.resize((2 * wide, 2 * high), Image.Resampling.LANCZOS))
+
+
 _WIDE, _HIGH = 760, 476
 _DRAWN = 4
 _PAPER, _INK, _SOFT, _RULE, _WASH = "#ffffff", "#1b1d22", "#5b606b", "#dedfe0", "#f1f1ee"

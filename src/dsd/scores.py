@@ -16,6 +16,7 @@ from torch import Tensor
 from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import OptionError
 from dsd.probe import LayerRecord, Probe, cross_attention_layers, paper_layers, select_layers
+from dsd.prompts import join_tokens
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def noised_pass(
 ) -> Pass:
     """Noises the latents, lets the denoiser predict the noise given the captions, and probes ``layers``."""
     noised = backbone.add_noise(latents, noise, timesteps)
+    text = join_tokens(backbone.denoiser, text)
     if not layers:
         return Pass(noise, backbone.predict_noise(noised, timesteps, text), {})
     with Probe(backbone.denoiser, layers, text.own) as probe:

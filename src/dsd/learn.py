@@ -1,0 +1,648 @@
+"""Learning by gradient: steps over batches of examples, resumable, the same however many processes share a batch.
+
+A :class:`Learner` changes what is attached to a scorer's model (prompts, soft tokens) and the weights of its score;
+:func:`learn` lets it run and looks at held-out examples now and then, which a :class:`Jury` judges.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from dsd import prompts
+from dsd.backbone import TextStates
+from dsd.contracts import Example, ModelError, OptionError
+from dsd.lesson import Drawn, Negatives, choices_of
+from dsd.metrics import expected_calibration_error, reliability, wins
+from dsd.scorer import Scorer
+from dsd.scores import Features, Pass, noised_pass
+from dsd.weights import Choice, Choices, better
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Objective = Literal["hinge", "softmax"]
+Method = Literal[
+    "prompt",
+    "tokens",
+    "heads",
+    "weights",
+    "prompt+tokens",
+    "prompt+heads",
+    "tokens+heads",
+    "prompt+tokens+heads",
+    "prompt+weights",
+    "tokens+weights",
+    "prompt+tokens+weights",
+]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to learn.
+
+    Attributes:
+        method: What is learned; see :mod:`dsd.adapt`. ``weights`` alone heeds the negatives, ``draws``, ``folds`` and
+            ``seed``, and nothing else.
+        objective: ``hinge`` on the hardest negative (He et al. 2023) or ``softmax`` over candidates.
+        margin: Of the hinge, in units of the score's spread on the first batch.
+        temperature: Of the softmax, in the same units.
+        steps: Optimizer steps at most.
+        batch: Examples a step.
+        learning_rate: Peak; falls to zero along a cosine.
+        weight_decay: Of AdamW. Without it prompts overfit a hundred examples.
+        folds: In which examples are held out by turns when no validation examples are given.
+        validation: Share of the examples to hold out once instead, which costs one run rather than one a fold and one
+            more on all; None holds out by turns.
+        check_every: Steps between looks at the held-out examples.
+        patience: Looks without improvement before it stops.
+        negatives: Captions of other examples that join each right pair as wrong candidates, drawn anew each step.
+        image_negatives: Pictures of other examples that do.
+        swaps: Captions with two words exchanged that do. Such a caption can be true all the same (see
+            :mod:`dsd.negatives`), so there are none by default.
+        draws: Of noise, over which ``weights`` averages.
+        jitter: Timesteps are drawn within this distance of the score's own.
+        gradient_accumulation_steps: Parts in which a batch goes through the model; the result is the same.
+        gradient_checkpointing: Whether activations are computed again rather than kept, which saves memory.
+        seed: Decides initial prompts, order, noise and what is held out.
+    """
+
+    method: Method = "prompt"
+    objective: Objective = "softmax"
+    margin: float = 0.1
+    temperature: float = 1.0
+    steps: int = 200
+    batch: int = 16
+    learning_rate: float = 5e-3
+    weight_decay: float = 0.1
+    folds: int = 4
+    validation: float | None = None
+    check_every: int = 25
+    patience: int = 8
+    negatives: int = 2
+    image_negatives: int = 0
+    swaps: int = 0
+    draws: int = 4
+    jitter: int = 50
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise OptionError(f"got method {self.method!r}, expected one of {get_args(Method)}")
+        if self.objective not in get_args(Objective):
+            raise OptionError(f"got objective {self.objective!r}, expected one of {get_args(Objective)}")
+        above = ("margin", "temperature", "steps", "batch", "learning_rate", "check_every", "patience", "draws")
+        for name in (*above, "gradient_accumulation_steps"):
+            if not getattr(self, name) > 0:
+                raise OptionError(f"got {name} {getattr(self, name)}, expected more than 0")
+        if self.folds < 2:
+            raise OptionError(f"got {self.folds} folds, expected 2 or more")
+        for name in ("negatives", "image_negatives", "swaps", "jitter", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"got {name} {getattr(self, name)}, expected 0 or more")
+        if not 0 <= self.seed < 2**63:
+            raise OptionError(f"got seed {self.seed}, expected 0 or more, and less than 2 to the power of 63")
+        if self.validation is not None and not 0 < self.validation < 1:
+            raise OptionError(f"got validation share {self.validation}, expected more than 0 and less than 1")
+
+    @property
+    def pieces(self) -> frozenset[str]:
+        """What the method is made of."""
+        return frozenset(self.method.split("+"))
+
+
+# Judging
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How scores fare on examples.
+
+    Attributes:
+        accuracy: (examples,) share of choices won.
+        loss: (examples,) of the softmax over candidates, at the best scale.
+        scale: What scores are multiplied by so that their differences are log-odds.
+    """
+
+    accuracy: Float[np.ndarray, " examples"]
+    loss: Float[np.ndarray, " examples"]
+    scale: float
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """Higher is better: choices won, and the loss where these are equal.
+
+        The loss alone is led by a few choices that are lost by far, and prefers prompts that have hardly learned.
+        """
+        return float(self.accuracy.mean()), -float(self.loss.mean())
+
+    def beats(self, before: Judged) -> bool:
+        """Whether it is better by more than chance would give: accuracy or loss, by one standard error."""
+        return better(-self.accuracy, -before.accuracy, 1) or better(self.loss, before.loss, 1)
+
+
+class Jury:
+    """Judges scores of all pairs of some examples: (pairs,), one example after the other."""
+
+    def __init__(self, examples: Sequence[Example]) -> None:
+        self.examples = list(examples)
+        self.pairs = [pair for e in self.examples for pair in e.pairs]
+        self._tables: list[slice] = []
+        self.own: list[list[Choice]] = []
+        """Each example's choices, whose rows count through all examples."""
+        at = 0
+        for e in self.examples:
+            self._tables.append(slice(at, at + len(e.pairs)))
+            self.own.append([Choice(tuple(at + r for r in c.rows), c.right) for c in choices_of(e)])
+            at += len(e.pairs)
+        self._choices = Choices(self.own)
+
+    def accuracy(self, scores: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " examples"]:
+        """Share of each example's choices that is won."""
+        tables = [scores[t].reshape(len(e.images), -1) for t, e in zip(self._tables, self.examples, strict=True)]
+        return np.array([wins(t, e.positives).mean() for t, e in zip(tables, self.examples, strict=True)])
+
+    def judge(self, scores: Float[np.ndarray, " pairs"]) -> Judged:
+        scores = np.asarray(scores, np.float64)
+        scale = self._choices.best_scale(scores)
+        return Judged(self.accuracy(scores), self._choices.losses(scale * scores), scale)
+
+    def calibration(self, scores: Float[np.ndarray, " pairs"], scale: float) -> dict[str, Any]:
+        """How far probabilities ``softmax(scale * scores)`` can be taken at their word, plain values."""
+        confidence, correct = self._choices.confidence(scale * np.asarray(scores, np.float64))
+        return {
+            "error": expected_calibration_error(confidence, correct),
+            "bins": [dict(b) for b in reliability(confidence, correct)],
+            "held_out": len(self.examples),
+        }
+
+
+# Learning
+
+
+def choice_loss(
+    scores: Tensor, choices: Sequence[Choice], objective: Objective, margin: float, temperature: float = 1.0
+) -> Tensor:
+    """Mean loss over the choices of one example, given its (rows,) scores in units of their spread."""
+    losses = []
+    for choice in choices:
+        candidates = scores[list(choice.rows)]
+        right = torch.tensor(choice.right, device=scores.device)
+        if objective == "softmax":
+            logits = candidates / temperature
+            losses.append(logits.logsumexp(0) - logits[right].logsumexp(0))
+        else:
+            losses.append(F.relu(margin + candidates[~right].max() - candidates[right].min()))
+    return torch.stack(losses).mean()
+
+
+def importance(scorer: Scorer, features: Features, examples: Sequence[Example], config: FitConfig) -> Tensor:
+    """How much each weight of the scorer's ``weighted`` score matters: ``|d loss / d weight|``, averaged over examples.
+
+    After He et al. 2023, who weigh attention heads so. Only weights that are not zero count; the result has their sum,
+    so that it can take their place.
+    """
+    assert scorer.score.weights is not None
+    found = scorer.features([pair for e in examples for pair in e.pairs], features)[0]
+    weights = scorer.score.weights.detach().cpu().clone().requires_grad_()
+    scores = (torch.from_numpy(found) * weights).sum(2).mean(1)
+    parts = scores.split([len(e.pairs) for e in examples])
+    spread = max(1e-6, float(torch.cat([s.detach() - s.detach().mean() for s in parts]).std()))
+    total = torch.zeros_like(weights)
+    for part, example in zip(parts, examples, strict=True):
+        loss = choice_loss(part / spread, choices_of(example), config.objective, config.margin, config.temperature)
+        (gradient,) = torch.autograd.grad(loss, weights, retain_graph=True)
+        total += gradient.abs()
+    total = torch.where(weights != 0, total, 0.0)
+    if not total.sum() > 0:  # every choice is won beyond the margin
+        return weights.detach()
+    return total / total.sum() * weights.detach().sum()
+
+
+class Team:
+    """The processes that share each batch; one, unless an ``Accelerator`` brings more."""
+
+    def __init__(self, accelerator: Accelerator | None = None) -> None:
+        self.accelerator = accelerator
+        self.size = 1 if accelerator is None else accelerator.num_processes
+        self.rank = 0 if accelerator is None else accelerator.process_index
+        if accelerator is not None and accelerator.mixed_precision not in ("no", "bf16"):
+            raise OptionError(
+                f"got mixed precision {accelerator.mixed_precision}, expected no or bf16, whose range needs no scaling "
+                "of the loss"
+            )
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Any]) -> list[Any]:
+        """What this process takes of the items."""
+        return list(items[self.rank :: self.size])
+
+    def total(self, value: Tensor) -> Tensor:
+        """The sum over processes."""
+        if self.size == 1 or self.accelerator is None:
+            return value
+        summed: Tensor = self.accelerator.reduce(value, "sum")
+        return summed
+
+    def whole(self, shares: Sequence[Any]) -> list[Any]:
+        """Of what each process made of its :meth:`share`, all, in the order of the items."""
+        if self.size == 1:
+            return list(shares)
+        from accelerate.utils import gather_object
+
+        found = gather_object([(i * self.size + self.rank, value) for i, value in enumerate(shares)])
+        return [value for _, value in sorted(found, key=lambda item: item[0])]
+
+    def autocast(self) -> Any:
+        """Mixed precision, where it was asked for."""
+        return nullcontext() if self.accelerator is None else self.accelerator.autocast()
+
+
+@contextmanager
+def checkpointed(denoiser: torch.nn.Module, wanted: bool) -> Iterator[None]:
+    """A denoiser that computes activations again in the backward pass, inside this context."""
+    if not wanted:
+        yield
+        return
+    try:
+        denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+    except (AttributeError, ValueError):
+        raise ModelError(
+            f"got a {type(denoiser).__name__} that cannot compute activations again, expected gradient checkpointing "
+            "in it; leave that option out"
+        ) from None
+    try:
+        yield
+    finally:
+        denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
+
+
+_FASTER = 10.0
+"""Learning rate of soft tokens, and of weights, which change by parts of themselves, against that of prompts."""
+
+WEIGHTS = "weights"
+"""The name of a weighted score's weights among what was learned."""
+
+
+@dataclass(frozen=True)
+class _Chance:
+    """What one example brings to a step: rows of pairs, and under what noise, which is the same for all of them."""
+
+    pairs: Drawn
+    step: int
+    """Which of the score's timesteps."""
+    timestep: int
+    noise: Float[Tensor, "c h w"]
+
+
+class Learner:
+    """Optimizer steps over batches of examples, for a scorer whose model carries prompts, tokens, or whose score has
+    weights.
+
+    All randomness is a function of the seed and the step, so that no random state needs to be kept, and an example's
+    is its own, so that it does not matter which process or part of a batch it falls to.
+    """
+
+    def __init__(
+        self, scorer: Scorer, examples: Sequence[Example], config: FitConfig, team: Team, log: Log | None = None
+    ) -> None:
+        self.scorer, self.config, self.team = scorer, config, team
+        self.examples = list(examples)
+        self._log = log
+        self._negatives = Negatives(self.examples, config.negatives, config.image_negatives, config.swaps)
+        # few-shot sets are small: all latents are held
+        self._latents = [scorer.latents(e.images) for e in self.examples]
+        named = prompts.parameters(scorer.backbone.denoiser)
+        self.parameters = list(named.values())
+        rate = config.learning_rate
+        groups: list[dict[str, Any]] = [
+            {"params": [p], "peak": (_FASTER if name == prompts.TOKENS else 1.0) * rate} for name, p in named.items()
+        ]
+        # of a weighted score: where its weights start, and their learned relative change
+        self._start = scorer.score.weights
+        if self._start is not None:
+            self._change = torch.nn.Parameter(torch.zeros_like(self._start))
+            self.parameters.append(self._change)
+            groups.append({"params": [self._change], "peak": _FASTER * rate})
+        self._optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=config.weight_decay)
+        self._spread: float | None = None
+        self._order: list[int] = []
+        self.done = 0
+        """Steps taken."""
+
+    def weigh(self, start: Tensor | None = None) -> None:
+        """Gives the score its weights as they are now; ``start`` is where they are to start."""
+        if start is not None:
+            self._start = start.to(self.scorer.backbone.device)
+        if self._start is not None:
+            self.scorer.score.weights = self._start * (1 + self._change)
+
+    def learned(self) -> dict[str, Tensor]:
+        """A copy of what has been learned by now: prompts by name, and weights."""
+        found = prompts.state(self.scorer.backbone.denoiser)
+        if self.scorer.score.weights is not None:
+            found[WEIGHTS] = self.scorer.score.weights.detach().cpu().clone()
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, in plain values and tensors."""
+        return {
+            "prompts": prompts.state(self.scorer.backbone.denoiser),
+            "weights": None if self._start is None else [self._start, self._change.detach()],
+            "optimizer": self._optimizer.state_dict(),
+            "progress": [self._spread, self._order, self.done],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        prompts.load_state(self.scorer.backbone.denoiser, state["prompts"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._spread, self._order, self.done = state["progress"]
+        if state["weights"] is not None:
+            start, change = state["weights"]
+            with torch.no_grad():
+                self._change.copy_(change)
+            self.weigh(start)
+
+    def step(self) -> float:
+        """One step on the next batch; returns its loss.
+
+        Raises:
+            ModelError: If the loss is not finite.
+        """
+        config, team = self.config, self.team
+        self.done += 1
+        rng = random.Random(f"{config.seed}/{self.done}")
+        while len(self._order) < config.batch:
+            fresh = list(range(len(self.examples)))
+            rng.shuffle(fresh)
+            self._order += fresh
+        batch, self._order = self._order[: config.batch], self._order[config.batch :]
+        seeds = [rng.getrandbits(48) for _ in batch]
+        mine = team.share(list(zip(batch, seeds, strict=True)))
+        size = math.ceil(config.batch / team.size / config.gradient_accumulation_steps)
+        parts = [mine[i : i + size] for i in range(0, len(mine), size)]
+        self.weigh()
+        if self._spread is None:
+            self._spread = self._first_spread(parts)
+        self._optimizer.zero_grad()
+        loss = torch.zeros((), device=self.scorer.backbone.device)
+        broken: str | None = None
+        for part in parts:
+            drawn = [self._draw(i, seed) for i, seed in part]
+            scores = self._scores(drawn)
+            losses = [
+                choice_loss(s / self._spread, d.pairs.choices, config.objective, config.margin, config.temperature)
+                for s, d in zip(scores, drawn, strict=True)
+            ]
+            share = torch.stack(losses).sum() / len(batch)
+            share.backward()
+            self.weigh()  # what the weights were made of is used up by a backward pass
+            loss += share.detach()
+            names = [self.examples[i].id for i, _ in part]
+            broken = next((n for n, s in zip(names, scores, strict=True) if not s.isfinite().all()), broken)
+        value = float(team.total(loss))
+        if not math.isfinite(value):
+            raise ModelError(
+                f"got a loss of {value} at step {self.done}, example {broken or self.examples[batch[0]].id}; "
+                "lower the learning rate, or load the model in float32"
+            )
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad.copy_(team.total(parameter.grad))
+        # cosine to zero after a short rise
+        fall = min(1.0, self.done / 10) * 0.5 * (1 + math.cos(math.pi * (self.done - 1) / config.steps))
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak"] * fall
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self._optimizer.step()
+        with torch.no_grad():
+            self.weigh()
+        if self._log is not None:
+            rate = fall * config.learning_rate
+            self._log.write(self.done, loss=value, learning_rate=rate, gradient_norm=float(norm))
+        return value
+
+    @torch.no_grad()
+    def _first_spread(self, parts: Sequence[Sequence[tuple[int, int]]]) -> float:
+        """The unit in which margin and softmax work: how far candidates' scores lie apart."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.scorer.backbone.device)
+        for part in parts:
+            for scores in self._scores([self._draw(i, seed) for i, seed in part]):
+                sums += torch.stack([(scores - scores.mean()).double().square().sum(), sums.new_tensor(len(scores))])
+        squares, count = self.team.total(sums)
+        return max(1e-6, float((squares / (count - 1)).sqrt()))
+
+    def _draw(self, i: int, seed: int) -> _Chance:
+        """An example's own pairs, its right pairs again among wrong ones, and one noise and timestep for all."""
+        rng = random.Random(seed)
+        pairs = self._negatives.join(i, rng)
+        times = self.scorer.score.config.timesteps
+        step = rng.randrange(len(times))
+        last = self.scorer.backbone.num_train_timesteps - 1
+        timestep = min(max(times[step] + rng.randint(-self.config.jitter, self.config.jitter), 0), last)
+        noise = torch.randn(self.scorer.noise.shape[1:], generator=torch.Generator().manual_seed(rng.getrandbits(48)))
+        return _Chance(pairs, step, timestep, noise)
+
+    def _scores(self, batch: Sequence[_Chance]) -> list[Tensor]:
+        """Scores of every row of each example: (rows,) each."""
+        backbone, score = self.scorer.backbone, self.scorer.score
+        sizes = [len(drawn.pairs.texts) for drawn in batch]
+        each = torch.tensor(sizes, device=backbone.device)
+        latents = torch.stack([self._latents[i][k] for drawn in batch for i, k in drawn.pairs.images])
+        states = self.scorer.texts([text for drawn in batch for text in drawn.pairs.texts])
+        noise = torch.stack([drawn.noise for drawn in batch]).to(backbone.device).repeat_interleave(each, 0)
+        timesteps, steps = (
+            torch.tensor(values, device=backbone.device).repeat_interleave(each)
+            for values in ([drawn.timestep for drawn in batch], [drawn.step for drawn in batch])
+        )
+        found: list[Tensor] = []
+        order: list[int] = []
+        with self.team.autocast():
+            empty: Pass | None = None
+            if score.needs_empty:
+                (blank,) = backbone.encode_texts([""])
+                text = blank.select([0] * len(states))
+                empty = noised_pass(backbone, latents, noise, timesteps, text, score.empty_layers)
+            # a pass takes captions of one length only, so that nothing is padded for another's sake
+            lengths: dict[int, list[int]] = {}
+            for row, state in enumerate(states):
+                lengths.setdefault(state.states.shape[1], []).append(row)
+            for rows in lengths.values():
+                text = TextStates.join([states[r] for r in rows])
+                made = noised_pass(backbone, latents[rows], noise[rows], timesteps[rows], text, score.layers)
+                found.append(score(made, None if empty is None else empty.rows(rows), steps[rows]))
+                order += rows
+        back = torch.tensor(order, device=backbone.device).argsort()
+        return list(torch.cat(found)[back].split(sizes))
+
+
+# Runs
+
+
+@dataclass
+class Trail:
+    """What a run saw when it looked, in plain values and tensors.
+
+    Attributes:
+        steps: Taken by each look.
+        losses: Mean training loss since the look before; None at the first.
+        scores: (pairs,) of all pairs of the held-out examples.
+        learned: What had been learned (:meth:`Learner.learned`).
+    """
+
+    steps: list[int] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    learned: list[dict[str, Tensor]] = field(default_factory=list)
+
+    def add(self, step: int, loss: float | None, scores: Tensor, learned: dict[str, Tensor]) -> None:
+        self.steps.append(step)
+        self.losses.append(loss)
+        self.scores.append(scores)
+        self.learned.append(learned)
+
+
+def held_out_scores(scorer: Scorer, jury: Jury, team: Team) -> Tensor:
+    """Scores of all pairs that the jury judges: (pairs,) float32."""
+    # by example: a pass is shared by the candidates of one
+    shares = [scorer.predict(e.pairs).tolist() for e in team.share(jury.examples)] if team.size > 1 else None
+    if shares is None:
+        return torch.from_numpy(scorer.predict(jury.pairs))
+    return torch.tensor([value for table in team.whole(shares) for value in table])
+
+
+def learn(
+    learner: Learner,
+    held_out: Sequence[Example],
+    steps: int,
+    trail: Trail,
+    *,
+    keep: Callable[[], None],
+    tick: Callable[[float | None], None],
+) -> None:
+    """Takes steps up to ``steps``, or until held-out examples fare no better for long.
+
+    Args:
+        learner: Where it starts, or goes on.
+        held_out: To look at; without any, there are no looks, and it takes all steps.
+        steps: At most.
+        trail: Of the looks so far, the first before learning; is added to.
+        keep: Called where the state of learning is worth keeping.
+        tick: Called after every step, with the latest held-out accuracy.
+    """
+    config = learner.config
+    jury = Jury(held_out)
+    ranks = [jury.judge(s.numpy()).rank for s in trail.scores]
+    losses: list[float] = []
+    while learner.done < steps and (not ranks or len(ranks) - 1 - ranks.index(max(ranks)) < config.patience):
+        losses.append(learner.step())
+        if learner.done % config.check_every == 0 or learner.done == steps:
+            if held_out:
+                scores = held_out_scores(learner.scorer, jury, learner.team)
+                trail.add(learner.done, float(np.mean(losses)), scores, learner.learned())
+                ranks.append(jury.judge(scores.numpy()).rank)
+                losses.clear()
+            keep()
+        tick(ranks[-1][0] if ranks else None)
+
+
+def save_checkpoint(path: Path, request: str, state: Mapping[str, Any]) -> None:
+    """Writes a file that appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    torch.save({"request": request, **state}, part)
+    os.replace(part, path)
+
+
+def load_checkpoint(path: Path, request: str) -> dict[str, Any]:
+    """What :func:`save_checkpoint` wrote.
+
+    Raises:
+        OptionError: If it cannot be read, or is of another request.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        same = state.pop("request") == request
+    except Exception as error:  # whatever the unpickler makes of it
+        raise OptionError(f"{path}: got a checkpoint that cannot be read ({type(error).__name__}); delete it") from None
+    if not same:
+        raise OptionError(
+            f"{path}: got a checkpoint of another request, expected the same examples, model and options; "
+            "delete it to start anew"
+        )
+    return state
+
+
+class Log:
+    """The loss and what goes with it, step by step: a ``.jsonl`` file, or a folder for TensorBoard.
+
+    Args:
+        path: Of either.
+        run: Counts from 1: a fit has one for each part that is held out, and one on all examples.
+        step: After which this run goes on: what a stopped fit wrote beyond its checkpoint is dropped.
+
+    Raises:
+        OptionError: If it cannot be written, or TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], run: int, step: int) -> None:
+        self._path, self._run = Path(path), run
+        self._board: Any = None
+        try:
+            if self._path.suffix == ".jsonl":
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._drop_after(run, step)
+                return
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self._path / f"run-{run}"), purge_step=step + 1)
+        except ImportError:
+            raise OptionError(
+                f"got the log {self._path}, which is for TensorBoard, without that; expected it to be installed "
+                "(pip install tensorboard), or a file that ends in .jsonl"
+            ) from None
+        except OSError as error:
+            raise OptionError(
+                f"{self._path}: got a log that cannot be written ({error.strerror}); choose another"
+            ) from None
+
+    def _drop_after(self, run: int, step: int) -> None:
+        lines: list[str] = []
+        for line in self._path.read_text("utf-8").splitlines() if self._path.exists() else ():
+            try:
+                values = json.loads(line)
+                if (values["run"], values["step"]) <= (run, step):
+                    lines.append(line + "\n")
+            except (ValueError, KeyError, TypeError):  # cut off when it was stopped
+                break
+        part = self._path.with_name(f".{self._path.name}.part")
+        part.write_text("".join(lines), "utf-8")
+        os.replace(part, self._path)
+
+    def write(self, step: int, **values: float) -> None:
+        if self._board is None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"run": self._run, "step": step, **values}) + "\n")
+            return
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        self._board.flush()

@@ -1,0 +1,133 @@
+"""What is learned from: the choices that examples hold, further negatives, and parts that are held out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsd.contracts import Example, OptionError
+from dsd.images import content_hash, load_image
+from dsd.negatives import Swaps
+from dsd.weights import Choice
+
+
+def choices_of(example: Example) -> list[Choice]:
+    """Every image's choice among texts and every text's among images that has right and wrong candidates."""
+    columns = len(example.texts)
+    table = [[i * columns + j for j in range(columns)] for i in range(len(example.images))]
+    lines = table + [list(column) for column in zip(*table, strict=True)]
+    positives = {i * columns + j for i, j in example.positives}
+    made = [Choice(tuple(line), tuple(r in positives for r in line)) for line in lines]
+    return [c for c in made if any(c.right) and not all(c.right)]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pairs of one example and of wrong ones that joined it, a row each.
+
+    Attributes:
+        images: Of each row the example (its place in the pool) and the image's place in it.
+        texts: Captions.
+        choices: Among the rows.
+    """
+
+    images: tuple[tuple[int, int], ...]
+    texts: tuple[str, ...]
+    choices: tuple[Choice, ...]
+
+
+class Negatives:
+    """Draws wrong captions and pictures for the right pairs of examples, from the examples themselves.
+
+    Args:
+        examples: The pool.
+        texts: Captions of other examples for each right pair.
+        images: Pictures of other examples for each right pair.
+        swaps: Captions made of its own by exchanging words, for each right pair (:class:`dsd.negatives.Swaps`).
+    """
+
+    def __init__(self, examples: Sequence[Example], texts: int, images: int, swaps: int) -> None:
+        self._examples = list(examples)
+        self._choices = [choices_of(e) for e in self._examples]
+        self._texts, self._images, self._count = texts, images, swaps
+        self._captions = sorted({text for e in self._examples for text in e.texts})
+        self._pictures = [(i, k) for i, e in enumerate(self._examples) for k in range(len(e.images))] if images else []
+        self._swaps = Swaps(self._captions) if swaps else None
+
+    def join(self, i: int, rng: random.Random) -> Drawn:
+        """Example ``i``'s own pairs first, then each right one's wrong candidates, drawn anew each time."""
+        example = self._examples[i]
+        images = [(i, k) for k in range(len(example.images)) for _ in example.texts]
+        texts = [text for _, text in example.pairs]
+        made = list(self._choices[i])
+        others = [t for t in self._captions if t not in example.texts] if self._texts else []
+        for image, text in example.positives:
+            caption = example.texts[text]
+            wrong = rng.sample(others, min(self._texts, len(others)))
+            if self._swaps is not None:
+                wrong += self._swaps.of(caption, self._count, rng, {*example.texts, *wrong})
+            # of examples that do not have this caption, in which it may be right
+            apart = [at for at in self._pictures if at[0] != i and caption not in self._examples[at[0]].texts]
+            places = rng.sample(apart, min(self._images, len(apart)))
+            for captions, pictures in ((wrong, [(i, image)] * len(wrong)), ([caption] * len(places), places)):
+                own, first = image * len(example.texts) + text, len(texts)
+                images += pictures
+                texts += captions
+                rows = (own, *range(first, len(texts)))
+                if len(rows) > 1:
+                    made.append(Choice(rows, tuple(row == own for row in rows)))
+        return Drawn(tuple(images), tuple(texts), tuple(made))
+
+
+def _apart(examples: Sequence[Example], seed: int) -> list[list[Example]]:
+    """Groups of examples that share pictures, none with another group, in random order."""
+    root = list(range(len(examples)))  # of each example, one that shares a picture with it, no later in the list
+    first: dict[str, int] = {}
+
+    def find(i: int) -> int:
+        while root[i] != i:
+            i = root[i]
+        return i
+
+    for i, example in enumerate(examples):
+        for image in example.images:
+            a, b = find(i), find(first.setdefault(content_hash(load_image(image)), i))
+            root[max(a, b)] = min(a, b)
+    groups: dict[str, list[Example]] = {}
+    for i, example in enumerate(examples):
+        groups.setdefault(examples[find(i)].id, []).append(example)
+    order = sorted(groups, key=str)
+    random.Random(seed).shuffle(order)
+    return [groups[name] for name in order]
+
+
+def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Examples to learn from and to validate on; examples that share a picture stay on one side."""
+    groups = _apart(examples, seed)
+    held: list[Example] = []
+    while groups and len(held) < round(share * len(examples)):
+        held += groups.pop()
+    kept = {id(e) for e in held}
+    return [e for e in examples if id(e) not in kept], held
+
+
+def folds(examples: Sequence[Example], count: int, seed: int) -> list[int]:
+    """Of each example, which of at most ``count`` folds of like size it is in; those that share a picture in one.
+
+    Raises:
+        OptionError: If all examples share pictures.
+    """
+    groups = _apart(examples, seed)
+    if len(groups) < 2:
+        raise OptionError(
+            f"got {len(examples)} examples of which none is free of the others' pictures, expected two or more that "
+            "share none, to hold out by turns"
+        )
+    sizes = [0] * min(count, len(groups))
+    fold: dict[int, int] = {}
+    for group in groups:
+        smallest = sizes.index(min(sizes))
+        sizes[smallest] += len(group)
+        fold |= {id(e): smallest for e in group}
+    return [fold[id(e)] for e in examples]

@@ -1,0 +1,106 @@
+"""Kills a fit (SIGKILL) at random moments and lets it go on: ``python killed.py MODEL FOLDER TIMES``.
+
+Prints a line of JSON: how many adapters are, byte for byte, that of a fit without a stop, and after how many steps
+each was killed. Every fit is a process of its own, forked so that nothing is imported twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dsd import Example
+from dsd.adapt import fit
+from dsd.backbone import load_backbone
+from dsd.learn import FitConfig
+from dsd.prompts import PromptConfig
+from dsd.scorer import Scorer
+from dsd.scores import ScoreConfig
+
+CONFIG = FitConfig(
+    method="prompt+tokens+heads", steps=8, batch=3, check_every=2, folds=2, learning_rate=0.05, jitter=10, patience=9
+)
+
+
+def examples() -> list[Example]:
+    """Red and blue pictures, by turns."""
+    rng = np.random.default_rng(0)
+    made = []
+    for i in range(8):
+        pixels = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
+        pixels[..., 2 * (i % 2)] += 180
+        made.append(Example(f"{i}", (Image.fromarray(pixels),), ("a red square", "a blue square"), ((0, i % 2),)))
+    return made
+
+
+def lesson(model: str, folder: Path) -> None:
+    """One fit, from wherever it was stopped."""
+    torch.set_num_threads(1)
+    folder.mkdir(exist_ok=True)
+    scorer = Scorer(load_backbone(model), ScoreConfig("attention", (20, 100)))
+    fit(
+        scorer,
+        examples(),
+        config=CONFIG,
+        prompt=PromptConfig(rank=2, tokens=2),
+        checkpoint=folder / "fit.checkpoint",
+        resume=True,
+        log=folder / "log.jsonl",
+    ).save(folder / "adapter")
+
+
+def start(model: str, folder: Path) -> int:
+    """A process that fits; its number."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            lesson(model, folder)
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def ended(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def steps(folder: Path) -> int:
+    log = folder / "log.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def main(model: str, out: Path, times: int) -> None:
+    began = time.perf_counter()
+    assert ended(start(model, out / "whole")) == 0
+    seconds = time.perf_counter() - began
+    whole = {p.name: p.read_bytes() for p in (out / "whole" / "adapter").iterdir()}
+    log = (out / "whole" / "log.jsonl").read_text()
+    rng = random.Random(0)
+    same, killed = 0, []
+    while len(killed) < times:
+        folder = out / str(len(killed))
+        child = start(model, folder)
+        time.sleep(rng.uniform(0.1, 0.95) * seconds)
+        os.kill(child, signal.SIGKILL)
+        assert ended(child) == -signal.SIGKILL
+        killed.append(steps(folder))
+        assert ended(start(model, folder)) == 0
+        found = {p.name: p.read_bytes() for p in (folder / "adapter").iterdir()}
+        same += found == whole and (folder / "log.jsonl").read_text() == log
+        assert not (folder / "fit.checkpoint").exists()
+    print(json.dumps({"same": same, "steps": log.count("\n"), "killed_after": killed}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,361 @@
+"""Runs of learning: what is held out when, the same result however the work is shared, stopped or logged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dsd import adapt, prompts
+from dsd.adapt import fit, turns_of
+from dsd.adapters import Adapter, fingerprint
+from dsd.backbone import load_backbone
+from dsd.contracts import AdapterError, Example, ModelError, OptionError
+from dsd.learn import FitConfig, Learner, Log, Team, checkpointed
+from dsd.lesson import Negatives
+from dsd.prompts import PromptConfig
+from dsd.scorer import Scorer
+from dsd.scores import ScoreConfig
+from looks import looks_as
+
+Pipe = Callable[..., str]
+SCORE = ScoreConfig("attention", (20, 100))
+TEXTS = ("a red square", "a blue square")
+QUICK = FitConfig(steps=4, batch=4, check_every=2, folds=3, learning_rate=0.02, jitter=10)
+PROMPT = PromptConfig(rank=2, tokens=3)
+
+
+def toy(count: int, seed: int = 0, shuffled: bool = False) -> list[Example]:
+    """Red and blue pictures by turns, and which caption is right; or labels that have nothing to do with colours."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i in range(count):
+        pixels = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
+        pixels[..., 2 * (i % 2)] += 180
+        right = i // 2 % 2 if shuffled else i % 2
+        examples.append(Example(f"{seed}-{i}", (Image.fromarray(pixels),), TEXTS, ((0, right),)))
+    return examples
+
+
+def scorer(pipe: Pipe, config: ScoreConfig = SCORE) -> Scorer:
+    return Scorer(load_backbone(pipe()), config)
+
+
+def change(scorer: Scorer) -> float:
+    """What changes more is better, for only the steps count here."""
+    return 1 / (1 + sum(float(v.abs().sum()) for v in prompts.state(scorer.backbone.denoiser).values()))
+
+
+def gap(a: Adapter, b: Adapter) -> float:
+    """The largest difference between what two adapters learned."""
+    assert a.state.keys() == b.state.keys()
+    assert a.state
+    return max(float((a.state[n] - b.state[n]).abs().max()) for n in a.state)
+
+
+# What is held out
+
+
+def test_examples_are_held_out_by_turns() -> None:
+    examples = toy(10)
+    turns = turns_of(examples, None, QUICK)
+    assert len(turns) == 3
+    assert sorted(e.id for t in turns for e in t.held_out) == sorted(e.id for e in examples)
+    for turn in turns:
+        assert {e.id for e in turn.examples} == {e.id for e in examples} - {e.id for e in turn.held_out}
+
+
+def test_examples_are_held_out_once_if_asked() -> None:
+    (turn,) = turns_of(toy(8), None, replace(QUICK, validation=0.25))
+    assert (len(turn.examples), len(turn.held_out)) == (6, 2)
+    (turn,) = turns_of(toy(8), toy(3, 1), QUICK)
+    assert (len(turn.examples), len(turn.held_out)) == (8, 3)
+
+
+def test_all_examples_teach_in_the_end(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run for each part held out, which sees the others alone, and one on all, as long as was best."""
+    looks_as(monkeypatch, change)
+    seen: list[tuple[list[str], int]] = []
+    step = Learner.step
+
+    def spy(self: Learner) -> float:
+        if self.done == 0:
+            seen.append((sorted(e.id for e in self.examples), 0))
+        seen[-1] = seen[-1][0], self.done + 1
+        return step(self)
+
+    monkeypatch.setattr(Learner, "step", spy)
+    examples = toy(6)
+    adapter = fit(scorer(pipe), examples, config=QUICK, prompt=PROMPT)
+    turns = turns_of(examples, None, QUICK)
+    everything = sorted(e.id for e in examples)
+    assert [names for names, _ in seen] == [*(sorted(e.id for e in t.examples) for t in turns), everything]
+    assert [steps for _, steps in seen] == [4, 4, 4, 4]
+    training = adapter.training
+    assert (training["examples"], training["validation_examples"], training["turns"]) == (6, 6, 3)
+    assert [p["step"] for p in training["curve"]] == [0, 2, 4]
+    assert training["calibration"]["held_out"] == 6
+
+
+def test_a_rule_is_learned_without_validation_examples(pipe: Pipe) -> None:
+    """And its probabilities on pictures that were never seen are as sure as held-out examples had it."""
+    made = scorer(pipe)
+    config = replace(QUICK, steps=20, batch=8, check_every=4, learning_rate=3e-2)
+    adapter = fit(made, toy(16), config=config, prompt=PromptConfig(rank=4))
+    assert adapter.training["kept"]
+    assert adapter.training["validation"]["after"] > 0.8
+    fresh = toy(30, 5)
+    scores = np.stack([made.predict(e.pairs) for e in fresh])
+    assert np.mean([s.argmax() == e.positives[0][1] for s, e in zip(scores, fresh, strict=True)]) > 0.8
+
+
+def test_shuffled_labels_give_chance(pipe: Pipe) -> None:
+    """No leakage from what is held out into what is learned: held-out accuracy stays near a half."""
+    found = []
+    for seed in range(3):
+        examples = toy(16, seed, shuffled=True)
+        config = replace(QUICK, steps=12, check_every=12, learning_rate=3e-2, seed=seed)
+        curve = fit(scorer(pipe), examples, config=config, prompt=PromptConfig(rank=4)).training["curve"]
+        found.append(curve[-1]["accuracy"])
+    assert 0.25 < np.mean(found) < 0.75
+
+
+# Shared work
+
+
+def gradients(pipe: Pipe, config: FitConfig, score: ScoreConfig) -> dict[str, torch.Tensor]:
+    """Of the second step, for in the first most are zero."""
+    made = scorer(pipe, score)
+    prompts.attach(made.backbone.denoiser, PROMPT, config.seed)
+    with checkpointed(made.backbone.denoiser, config.gradient_checkpointing):
+        learner = Learner(made, toy(6), config, Team())
+        learner.step()
+        learner.step()
+    named = prompts.parameters(made.backbone.denoiser)
+    return {name: p.grad for name, p in named.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", ["attention", "denoising"])
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 3}, {"gradient_checkpointing": True}], ids=str)
+def test_what_saves_memory_changes_nothing(pipe: Pipe, options: dict[str, Any], kind: str) -> None:
+    """Up to rounding, which the small differences between a random model's scores make a thousandth of."""
+    score = ScoreConfig(kind, SCORE.timesteps)
+    plain = gradients(pipe, QUICK, score)
+    saving = gradients(pipe, replace(QUICK, **options), score)
+    assert plain.keys() == saving.keys()
+    largest = max(float(g.abs().max()) for g in plain.values())
+    assert largest > 0
+    assert max(float((plain[n] - saving[n]).abs().max()) for n in plain) < 0.01 * largest
+
+
+def test_a_model_that_cannot_compute_again() -> None:
+    with pytest.raises(ModelError, match="leave that option out"), checkpointed(torch.nn.Linear(1, 1), True):
+        pass
+
+
+def write(folder: Path, examples: Sequence[Example]) -> Path:
+    """A manifest of examples of one picture."""
+    lines = []
+    for e in examples:
+        Image.Image.save(e.images[0], folder / f"{e.id}.png")  # type: ignore[arg-type]
+        positives = [list(p) for p in e.positives]
+        lines.append({"id": e.id, "images": [f"{e.id}.png"], "texts": list(e.texts), "positives": positives})
+    path = folder / "examples.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(pipe: Pipe, tmp_path: Path) -> None:
+    """As `accelerate launch` starts them, on the CPU; an odd batch, so that one has more to do."""
+    manifest = write(tmp_path, toy(10))
+    dsd = [str(Path(sys.executable).with_name("dsd")), "fit", str(manifest), "--model", pipe(), "--device", "cpu"]
+    dsd += ["--score", "attention", "--timesteps", "20,100", "--learning-rate", "0.03", "--max-steps", "12"]
+    dsd += ["--folds", "2", "--method", "prompt+tokens", "--format", "json", "--log", str(tmp_path / "log.jsonl")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision"]
+    launch += ["no", "--dynamo_backend", "no", "--num_processes", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    found = []
+    for name, before in (("one", [sys.executable]), ("two", launch)):
+        done = subprocess.run(
+            [*before, *dsd, "--out", str(tmp_path / name)], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        found.append((json.loads(done.stdout), Adapter.load(tmp_path / name)))
+    (one, first), (two, second) = found
+    assert one["kept"]
+    assert two["kept"]
+    assert gap(first, second) < 1e-4
+    assert [p["loss"] for p in one["curve"]] == pytest.approx([p["loss"] for p in two["curve"]], abs=1e-4)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 * 12
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
+def test_mixed_precision_that_needs_scaling_is_refused() -> None:
+    class Half:
+        mixed_precision, num_processes, process_index = "fp16", 1, 0
+
+    with pytest.raises(OptionError, match="expected no or bf16"):
+        Team(Half())  # type: ignore[arg-type]
+
+
+# Stops
+
+
+@pytest.mark.slow
+def test_killed_fits_go_on(pipe: Pipe, tmp_path: Path) -> None:
+    script = Path(__file__).with_name("killed.py")
+    done = subprocess.run(
+        [sys.executable, str(script), pipe(), str(tmp_path), "3"], capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["same"] == 3
+    assert max(found["killed_after"]) > 0
+
+
+def test_a_fit_stopped_in_its_last_run_goes_on(pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_as(monkeypatch, change)
+    whole = fit(scorer(pipe), toy(6), config=QUICK, prompt=PROMPT, log=tmp_path / "whole.jsonl")
+    given: dict[str, Any] = {
+        "config": QUICK,
+        "prompt": PROMPT,
+        "checkpoint": tmp_path / "c",
+        "log": tmp_path / "l.jsonl",
+    }
+    step, taken = Learner.step, 0
+
+    def until(self: Learner) -> float:
+        nonlocal taken
+        if taken == 3 * 4 + 3:
+            raise KeyboardInterrupt
+        taken += 1
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", until)
+        with pytest.raises(KeyboardInterrupt):
+            fit(scorer(pipe), toy(6), **given)
+    assert len((tmp_path / "l.jsonl").read_text().splitlines()) == 15
+    again = fit(scorer(pipe), toy(6), **given, resume=True)
+    assert gap(whole, again) == 0
+    assert again.training == whole.training
+    assert (tmp_path / "l.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+# Logs
+
+
+def test_log_has_every_step(pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_as(monkeypatch, change)
+    log = tmp_path / "new" / "log.jsonl"
+    log.parent.mkdir()
+    log.write_text('{"of another": "fit"}\n')
+    fit(scorer(pipe), toy(6), config=QUICK, prompt=PROMPT, log=log)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["run"], line["step"]) for line in lines] == [(run, s) for run in (1, 2, 3, 4) for s in (1, 2, 3, 4)]
+    assert {"run", "step", "loss", "learning_rate", "gradient_norm"} == set(lines[0])
+    assert all(np.isfinite(line["loss"]) for line in lines)
+
+
+def test_log_that_was_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"run": 1, "step": 1}\n{"run": 1, "step": 2}\n{"run": 1, "st')
+    Log(path, 1, 1).write(2, loss=0.5)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+
+
+def test_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="cannot be written"):
+        Log(tmp_path / "file" / "log.jsonl", 1, 0)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(OptionError, match="pip install tensorboard"):
+        Log(tmp_path / "board", 1, 0)
+
+
+# Soft tokens
+
+
+def test_tokens_join_every_caption(pipe: Pipe) -> None:
+    made = scorer(pipe)
+    pairs = toy(1)[0].pairs
+    bare, before = made.predict(pairs), fingerprint(made.backbone)
+    prompts.attach(made.backbone.denoiser, PromptConfig(tokens=3, projections=()))
+    assert list(prompts.parameters(made.backbone.denoiser)) == [prompts.TOKENS]
+    assert fingerprint(made.backbone) == before
+    states = prompts.join_tokens(made.backbone.denoiser, made.texts(["cat"])[0])
+    plain = made.texts(["cat"])[0]
+    assert states.states.shape[1] == plain.states.shape[1] + 3
+    assert torch.equal(states.states[:, :-3], plain.states)
+    assert states.own.sum() == plain.own.sum() + 3
+    assert states.words == plain.words
+    with_tokens = made.predict(pairs)
+    assert np.abs(with_tokens - bare).max() > 1e-3
+    alone = np.concatenate([made.predict([pair]) for pair in pairs])
+    assert np.abs(with_tokens - alone).max() < 1e-5
+    with prompts.disabled(made.backbone.denoiser):
+        assert np.array_equal(made.predict(pairs), bare)
+    prompts.detach(made.backbone.denoiser)
+    assert np.array_equal(made.predict(pairs), bare)
+    assert not hasattr(made.backbone.denoiser, prompts.TOKENS)
+
+
+@pytest.mark.parametrize("method", ["tokens", "prompt+tokens", "prompt+tokens+heads", "prompt+tokens+weights"])
+def test_tokens_survive_the_disk(pipe: Pipe, tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        looks_as(patch, change)
+        made = scorer(pipe)
+        adapter = fit(made, toy(6), config=replace(QUICK, method=method, draws=1), prompt=PromptConfig(rank=2))
+    assert adapter.prompts is not None
+    assert adapter.prompts.tokens == adapt.SOFT_TOKENS
+    assert len(adapter.state[prompts.TOKENS]) == adapt.SOFT_TOKENS
+    assert (len(adapter.state) == 1) == (method == "tokens")
+    again = Adapter.load(adapter.save(tmp_path / "a"))
+    fresh = load_backbone(pipe())
+    again.attach(fresh)
+    pairs = toy(1, 9)[0].pairs
+    assert np.array_equal(Scorer(fresh, again.score, weights=again.weights).predict(pairs), made.predict(pairs))
+    with pytest.raises(AdapterError, match="soft tokens"):
+        again.export(tmp_path / "lora")
+
+
+def test_tokens_of_another_width_are_refused(pipe: Pipe) -> None:
+    adapter = Adapter(None, SCORE, PromptConfig(tokens=2, projections=()), {prompts.TOKENS: torch.zeros(2, 7)})
+    backbone = load_backbone(pipe())
+    with pytest.raises(AdapterError, match="got shape"):
+        adapter.attach(backbone)
+    assert not prompts.parameters(backbone.denoiser)
+
+
+# Negatives
+
+
+def test_pictures_of_others_join_as_wrong(pipe: Pipe) -> None:
+    import random
+
+    examples = [replace(e, texts=(f"text {i}", f"wrong {i}")) for i, e in enumerate(toy(6))]
+    drawn = Negatives(examples, 1, 2, 0).join(2, random.Random(0))
+    right = examples[2].texts[examples[2].positives[0][1]]
+    own, text_choice, image_choice = drawn.choices
+    assert own.rows == (0, 1)
+    assert [drawn.images[r] for r in text_choice.rows] == [(2, 0), (2, 0)]
+    assert [drawn.texts[r] for r in image_choice.rows] == [right] * 3
+    assert all(drawn.images[r][0] != 2 for r in image_choice.rows[1:])
+    assert image_choice.right == (True, False, False)
+
+
+def test_pictures_that_share_a_caption_are_no_negatives() -> None:
+    import random
+
+    assert len(Negatives(toy(6), 0, 2, 0).join(0, random.Random(0)).choices) == 1
