@@ -21,10 +21,10 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dsd.learn import FitConfig
 from dsd.backbone import Backbone
 from dsd.backbone.stable_diffusion import StableDiffusionBackbone
 from dsd.contracts import Example
+from dsd.learn import FitConfig
 from dsd.matcher import Matcher
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig, noised_pass

@@ -19,7 +19,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DDPMScheduler
-from gpu import sd21_base
 from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,11 +35,15 @@ from dsd.learn import checkpointed
 from dsd.prompts import PromptConfig
 from dsd.report import table
 from dsd.scores import Score, ScoreConfig, noised_pass
+from gpu import sd21_base
 
 TARGET = 12e9
 """Bytes that learning should stay below."""
 PROMPTS = PromptConfig(rank=4, attention="all")
+ROWS = (2, 4)
+"""Candidates of the example: its own two, and with the two captions of other examples that join it by default."""
 KERNELS = {"fused": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}
+CAPTION = "a red circle above a blue square"
 
 
 class Memory(TorchDispatchMode):
@@ -81,12 +84,12 @@ class Memory(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+def tensors_of(*modules: nn.Module) -> list[Tensor]:
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
 def size(tensors: Iterable[Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
-
-
-def tensors_of(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def without_contents(made: Any) -> Any:
@@ -109,11 +112,11 @@ def without_contents(made: Any) -> Any:
 def encoding(backbone: Any) -> int:
     """Bytes alive at most while a picture and a caption are encoded, which is done once, before learning."""
     pixels = backbone.image_size
-    resident = [t for m in (backbone.vae, backbone.text_encoder, backbone.denoiser) for t in tensors_of(m)]
+    resident = tensors_of(backbone.vae, backbone.text_encoder, backbone.denoiser)
     # the VAE's heads of 512 numbers are more than fused kernels take on some devices
     with sdpa_kernel(SDPBackend.MATH), Memory(resident) as memory:
         backbone.encode_images([Image.new("RGB", (pixels, pixels))])
-        backbone.encode_texts(["a red circle above a blue square"])
+        backbone.encode_texts([CAPTION])
     return memory.peak
 
 
@@ -122,7 +125,7 @@ def measure(backbone: Any, rows: int, kernel: str, checkpointing: bool) -> dict[
     denoiser = backbone.denoiser
     learned = list(prompts.parameters(denoiser).values())
     assert {p.dtype for p in learned} == {torch.float32}
-    resident = [t for m in (backbone.vae, backbone.text_encoder, denoiser) for t in tensors_of(m)]
+    resident = tensors_of(backbone.vae, backbone.text_encoder, denoiser)
     frozen = {t.untyped_storage()._cdata for t in resident}
     score = Score(backbone, ScoreConfig("attention"))
     shape = backbone.latent_shape(backbone.image_size)
@@ -139,13 +142,10 @@ def measure(backbone: Any, rows: int, kernel: str, checkpointing: bool) -> dict[
             maps += x.shape[-2:] == (positions, positions)
         return x
 
-    def learn() -> int:
-        """One step; bytes saved for its backward pass."""
-        nonlocal maps
-        saved.clear()
-        maps = 0
+    def learn(hooks: Any) -> int:
+        """One step; bytes that were saved for its backward pass, if the hooks see them."""
         optimizer.zero_grad()
-        with saved_tensors_hooks(pack, lambda x: x):
+        with hooks:
             made = noised_pass(backbone, latents, noise, timesteps, text, score.layers)
             scores = score(made, None)
             loss = scores.logsumexp(0) - scores[0]
@@ -157,11 +157,12 @@ def measure(backbone: Any, rows: int, kernel: str, checkpointing: bool) -> dict[
     with sdpa_kernel(KERNELS[kernel]), checkpointed(denoiser, checkpointing), Memory(resident) as memory:
         latents, noise = torch.zeros(rows, *shape), torch.zeros(rows, *shape)
         timesteps = torch.full((rows,), 389)
-        text = backbone.encode_texts(["a red circle above a blue square"])[0].select([0] * rows)
-        learn()  # makes the optimizer's state
+        text = backbone.encode_texts([CAPTION])[0].select([0] * rows)
+        # makes the optimizer's state too; the peak is that of the next step, because hooks keep tensors for longer
+        kept = learn(saved_tensors_hooks(pack, lambda x: x))
         memory.peak = memory.now
         memory.kernels.clear()
-        kept = learn()
+        learn(nullcontext())
     found = {
         "rows": rows,
         "attention": kernel,
@@ -196,10 +197,10 @@ def results(small: bool, fake: bool, cases: Iterable[tuple[int, str, bool]]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="path of the results, without suffix")
-    parser.add_argument("--rows", type=int, nargs="+", default=[2, 4], help="candidates of the example")
     options = parser.parse_args()
-    cases = [(rows, kernel, on) for kernel in KERNELS for rows in options.rows for on in (False, True)]
-    if results(True, True, cases) != results(True, False, cases):
+    cases = [(rows, kernel, on) for kernel in KERNELS for rows in ROWS for on in (False, True)]
+    few = [case for case in cases if case[0] == ROWS[0]]
+    if results(True, True, few) != results(True, False, few):
         raise SystemExit("got other sums on tensors without contents than on real ones, expected the same")
     found = results(False, True, cases)
     for row in found["rows"]:
@@ -212,45 +213,43 @@ def main() -> None:
 
 def page(out: Path, values: dict[str, Any]) -> str:
     """The results as Markdown."""
-
-    def gigabytes(number: int) -> str:
-        return f"{number / 1e9:.3f}"
-
-    rows, first = values["rows"], values["rows"][0]
+    kinds = {True: "yes", False: "no"}
     shown = [
         {
-            "attention": r["attention"],
-            "checkpointing": "yes" if r["checkpointing"] else "no",
+            "self-attention": r["attention"],
+            "checkpointing": kinds[r["checkpointing"]],
             "candidates": r["rows"],
-            "saved for backward": gigabytes(r["saved for backward"]),
-            "peak": gigabytes(r["peak"]),
-            "below 12 GB": "yes" if r["below 12 GB"] else "no",
+            "saved for backward": r["saved for backward"] / 1e9,
+            "peak": r["peak"] / 1e9,
+            "below 12 GB": kinds[r["below 12 GB"]],
         }
-        for r in rows
+        for r in values["rows"]
     ]
-    weights = ("U-Net", "VAE", "text encoder", "prompts", "gradients", "AdamW")
-    parts = [{"part": name, "GB": gigabytes(first[name])} for name in weights]
+    parts = ("U-Net", "VAE", "text encoder", "prompts", "gradients", "AdamW")
+    resident = ", ".join(f"{name} {values['rows'][0][name] / 1e9:.3f}" for name in parts)
+    # fused attention comes first: each number of candidates without and with checkpointing
+    plain, again = ((shown[2 + i]["peak"] - shown[i]["peak"]) / (ROWS[1] - ROWS[0]) for i in (0, 1))
+    maps = {r["attention"]: r["saved maps of positions x positions"] for r in values["rows"] if not r["checkpointing"]}
     versions = ", ".join(f"{name} {version}" for name, version in values["versions"].items())
     return f"""# Memory of few-shot learning at full size
 
-A step of learning on Stable Diffusion 2.1-base at 512 x 512 pixels: weights in 16 bits, prompts of rank {PROMPTS.rank} on
-all attention layers in 32 bits, AdamW, the attention score, one example. GB are 1e9 bytes. Counted on tensors without
-contents, no GPU involved; on a small network the same sums were equal to those of real steps, byte for byte.
-{versions}. Made by `python benchmarks/memory.py --out {out}`.
+A step of learning on Stable Diffusion 2.1-base at 512 x 512 pixels, in GB (1e9 bytes): weights in 16 bits, prompts of
+rank {PROMPTS.rank} on all attention layers in 32 bits, AdamW, the attention score, one example in a pass. Counted on
+tensors without contents; no GPU was involved. On a small network the same sums equalled those of real steps on the
+CPU, byte for byte. {versions}. Made by `python benchmarks/memory.py --out {out}`.
 
 {table(shown, list(shown[0]))}
 
-The peak is over the second step, when the optimizer has its state: forward, backward and update, with all weights
-resident:
+The peak is that of the second step, when the optimizer has its state, and includes what is resident: {resident}.
+Encoding the picture and a caption, before learning, peaks at {values["peak of encoding"] / 1e9:.3f}. Each further
+candidate in a pass adds {plain:.2f}, with checkpointing {again:.2f}; `gradient_accumulation_steps` parts a batch into
+passes.
 
-{table(parts, ("part", "GB"))}
-
-Encoding the picture and a caption, before learning, peaks at {gigabytes(values["peak of encoding"])} GB.
-
-- `fused` is `scaled_dot_product_attention` with a flash kernel, the default wherever there is one: queries, keys, values
-  and outputs are saved, never a map of positions x positions. `math` makes those maps, for comparison.
-- Kernels are those of the CPU; what flash kernels of GPUs save has the same shapes.
-- Not counted: what a kernel needs while it runs, what the allocator rounds up or cannot use, and the driver's own share.
+- `fused`: `scaled_dot_product_attention` takes a flash kernel, as it does wherever there is one, and saves queries,
+  keys, values and outputs; saved maps of positions x positions: {maps["fused"]}. `math` makes such maps, for
+  comparison, and saves {maps["math"]} without checkpointing.
+- The kernels are those of the CPU; those of GPUs save tensors of the same shapes.
+- Not counted: what a kernel needs while it runs, what the allocator rounds up or cannot use, the driver's own share.
 """
 
 
