@@ -351,3 +351,22 @@ def test_pattern_without_a_layer_is_refused(deep: nn.Module, pattern: str) -> No
     with pytest.raises(OptionError, match=r"mid_block\.attentions\.0") as error:
         select_layers(deep, ["up_blocks.0", pattern])
     assert repr(pattern) in str(error.value)
+
+
+@torch.no_grad()
+def test_reductions_stay_in_float32_in_mixed_precision(backbone: Backbone, inputs: Inputs) -> None:
+    """Of the projections as they are in halves, the record is exact."""
+    noised, timesteps, text = inputs
+    name, layer = next(iter(cross_attention_layers(backbone.denoiser).items()))
+    heard: list[Tensor] = []
+    handles = [m.register_forward_hook(lambda _m, _i, out: heard.append(out)) for m in (layer.to_q, layer.to_k)]
+    try:
+        with torch.autocast("cpu", torch.bfloat16), Probe(backbone.denoiser, [name], text.own) as probe:
+            backbone.predict_noise(noised, timesteps, text)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert {out.dtype for out in heard} == {torch.bfloat16}
+    q, k = (out.double().unflatten(-1, (layer.heads, -1)).transpose(1, 2) for out in heard)
+    expected = (q @ k.transpose(-1, -2) * layer.scale).logsumexp(-1).mean(-1)
+    assert torch.allclose(probe.records[name].all.double(), expected, atol=1e-5)

@@ -187,12 +187,14 @@ class Probe:
         self._records[name] = self._record(self._layers[name], *self._heard.pop(name))
 
     def _record(self, layer: Attention, query: Tensor, key: Tensor) -> LayerRecord:
-        # (n, length, heads * d) => (n, heads, length, d)
-        query, key = (x.float().unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (query, key))
-        logits = query @ key.transpose(-1, -2) * layer.scale
-        own = self._own[:, None, None, :]
-        return LayerRecord(
-            own=logits.masked_fill(~own, float("-inf")).logsumexp(-1).mean(-1),
-            all=logits.logsumexp(-1).mean(-1),
-            maps=logits.softmax(-1).mean(1) if self._maps else None,
-        )
+        # mixed precision would make the products of halves again
+        with torch.autocast(query.device.type, enabled=False):
+            # (n, length, heads * d) => (n, heads, length, d)
+            query, key = (x.float().unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (query, key))
+            logits = query @ key.transpose(-1, -2) * layer.scale
+            own = self._own[:, None, None, :]
+            return LayerRecord(
+                own=logits.masked_fill(~own, float("-inf")).logsumexp(-1).mean(-1),
+                all=logits.logsumexp(-1).mean(-1),
+                maps=logits.softmax(-1).mean(1) if self._maps else None,
+            )
