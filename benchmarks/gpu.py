@@ -26,6 +26,7 @@ from dsd.backbone.stable_diffusion import StableDiffusionBackbone
 from dsd.contracts import Example
 from dsd.learn import FitConfig
 from dsd.matcher import Matcher
+from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig, noised_pass
 from dsd.tiny.pretrain import build_tokenizer
@@ -119,7 +120,8 @@ def step(backbone: Backbone, device: torch.device) -> dict[str, Any]:
     steps = 6
     config = FitConfig(steps=steps, batch=1, check_every=steps)
     matcher = Matcher(backbone, ScoreConfig("attention", TIMESTEPS))
-    made = clock(lambda: matcher.fit(examples[:2], examples[2:], config=config), device, repeats=1)
+    prompt = PromptConfig(attention="all")
+    made = clock(lambda: matcher.fit(examples[:2], examples[2:], config=config, prompt=prompt), device, repeats=1)
     return {"seconds": made["seconds"] / steps, "peak_gib": made["peak_gib"]}
 
 

@@ -88,12 +88,12 @@ class FitConfig:
     batch: int = 16
     learning_rate: float = 5e-3
     weight_decay: float = 0.1
-    folds: int = 4
+    folds: int = 3
     validation: float | None = None
     check_every: int = 25
     patience: int = 8
-    negatives: int = 2
-    image_negatives: int = 0
+    negatives: int = 1
+    image_negatives: int = 1
     swaps: int = 0
     draws: int = 4
     jitter: int = 50
