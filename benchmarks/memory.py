@@ -140,7 +140,7 @@ def measure(backbone: Any, rows: int, kernel: str, checkpointing: bool) -> dict[
         if x.untyped_storage()._cdata not in frozen:
             saved[x.untyped_storage()] = True
             maps += x.shape[-2:] == (positions, positions)
-        return x
+        return x.detach()  # itself, it would keep alive the graph that keeps it
 
     def learn(hooks: Any) -> int:
         """One step; bytes that were saved for its backward pass, if the hooks see them."""
@@ -158,7 +158,7 @@ def measure(backbone: Any, rows: int, kernel: str, checkpointing: bool) -> dict[
         latents, noise = torch.zeros(rows, *shape), torch.zeros(rows, *shape)
         timesteps = torch.full((rows,), 389)
         text = backbone.encode_texts([CAPTION])[0].select([0] * rows)
-        # makes the optimizer's state too; the peak is that of the next step, because hooks keep tensors for longer
+        # makes the optimizer's state too, so that the peak is that of any step but the first
         kept = learn(saved_tensors_hooks(pack, lambda x: x))
         memory.peak = memory.now
         memory.kernels.clear()
@@ -240,14 +240,13 @@ CPU, byte for byte. {versions}. Made by `python benchmarks/memory.py --out {out}
 
 {table(shown, list(shown[0]))}
 
-The peak is that of the second step, when the optimizer has its state, and includes what is resident: {resident}.
+The peak includes what is resident: {resident}.
 Encoding the picture and a caption, before learning, peaks at {values["peak of encoding"] / 1e9:.3f}. Each further
-candidate in a pass adds {plain:.2f}, with checkpointing {again:.2f}; `gradient_accumulation_steps` parts a batch into
-passes.
+candidate in a pass adds {plain:.2f}, with checkpointing {again:.2f}; `gradient_accumulation_steps` parts a batch.
 
-- `fused`: `scaled_dot_product_attention` takes a flash kernel, as it does wherever there is one, and saves queries,
-  keys, values and outputs; saved maps of positions x positions: {maps["fused"]}. `math` makes such maps, for
-  comparison, and saves {maps["math"]} without checkpointing.
+- `fused`: `scaled_dot_product_attention` takes a flash kernel, as it does wherever there is one; it saved
+  {maps["fused"]} maps of positions x positions. `math` makes such maps, for comparison; it saved {maps["math"]}
+  without checkpointing.
 - The kernels are those of the CPU; those of GPUs save tensors of the same shapes.
 - Not counted: what a kernel needs while it runs, what the allocator rounds up or cannot use, the driver's own share.
 """

@@ -158,6 +158,39 @@ def test_what_saves_memory_changes_nothing(pipe: Pipe, options: dict[str, Any], 
     assert max(float((plain[n] - saving[n]).abs().max()) for n in plain) < 0.01 * largest
 
 
+@pytest.mark.parametrize(("rows", "expected"), [(256, [4]), (8, [2, 2]), (3, [1, 1, 1, 1])])
+def test_a_batch_goes_in_parts_that_fit(pipe: Pipe, rows: int, expected: list[int]) -> None:
+    made = Scorer(load_backbone(pipe()), SCORE, batch_size=rows)
+    prompts.attach(made.backbone.denoiser, PROMPT)
+    learner = Learner(made, [replace(e, texts=(f"{i}", f"no {i}")) for i, e in enumerate(toy(6))], QUICK, Team())
+    batch = [("", learner._draw(i, 0)) for i in range(4)]  # four rows each: two of its own, one text, one picture
+    assert [len(part) for part in learner._parts(batch)] == expected
+
+
+def test_learning_with_little_memory(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts get smaller until they fit, and the step is the same; where one example is too much, it says so."""
+    made = Scorer(load_backbone(pipe()), SCORE, batch_size=8)
+    prompts.attach(made.backbone.denoiser, PROMPT)
+    room, predict = 4, made.backbone.predict_noise
+
+    def tight(noised: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(noised) > room:
+            raise torch.OutOfMemoryError("out of memory")
+        return predict(noised, *rest)
+
+    monkeypatch.setattr(made.backbone, "predict_noise", tight)
+    learner = Learner(made, toy(6), replace(QUICK, negatives=0, image_negatives=0), Team())
+    loss = learner.step()
+    assert made.batch_size == 4
+    plenty = Scorer(load_backbone(pipe()), SCORE)
+    prompts.attach(plenty.backbone.denoiser, PROMPT)
+    same = Learner(plenty, toy(6), replace(QUICK, negatives=0, image_negatives=0), Team()).step()
+    assert loss == pytest.approx(same, rel=1e-3)
+    room = 1
+    with pytest.raises(ModelError, match="too little memory to learn from 1 examples at once"):
+        learner.step()
+
+
 def test_a_model_that_cannot_compute_again() -> None:
     with pytest.raises(ModelError, match="leave that option out"), checkpointed(torch.nn.Linear(1, 1), True):
         pass

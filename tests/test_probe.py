@@ -220,7 +220,7 @@ def test_checkpointing_saves_memory(prompted: Backbone, inputs: Inputs, kind: st
 
         def pack(x: Tensor) -> Tensor:
             storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
-            return x
+            return x.detach()  # itself, it would keep alive the graph that keeps it
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             scores = scored(prompted, inputs, kind)

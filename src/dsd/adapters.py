@@ -262,10 +262,10 @@ def _card(adapter: Adapter, name: str) -> str:
     if "examples" in training:
         data = training.get("data", {})
         sums = [f" (checksum {data[part]})" if part in data else "" for part in ("examples", "validation")]
-        lines.append(
-            f"- Examples: {training['examples']} to learn from{sums[0]}, {training['validation_examples']} to "
-            f"validate{sums[1]}"
-        )
+        validated = f"{training['validation_examples']} to validate{sums[1]}"
+        if training.get("turns", 1) > 1:
+            validated = "held out by turns to validate"
+        lines.append(f"- Examples: {training['examples']} to learn from{sums[0]}, {validated}")
     if "validation" in training:
         figures = training["validation"]
         lines.append(

@@ -11,10 +11,10 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -24,16 +24,17 @@ from torch.nn import functional as F
 
 from dsd import prompts
 from dsd.backbone import TextStates
-from dsd.contracts import Example, ModelError, OptionError
+from dsd.contracts import DsdError, Example, ModelError, OptionError
 from dsd.lesson import Drawn, Negatives, choices_of
 from dsd.metrics import expected_calibration_error, reliability, wins
-from dsd.scorer import Scorer
+from dsd.scorer import Scorer, out_of_memory
 from dsd.scores import Features, Pass, noised_pass
 from dsd.weights import Choice, Choices, better
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+V = TypeVar("V")
 Objective = Literal["hinge", "softmax"]
 Method = Literal[
     "prompt",
@@ -75,7 +76,8 @@ class FitConfig:
             :mod:`dsd.negatives`), so there are none by default.
         draws: Of noise, over which ``weights`` averages.
         jitter: Timesteps are drawn within this distance of the score's own.
-        gradient_accumulation_steps: Parts in which a batch goes through the model; the result is the same.
+        gradient_accumulation_steps: Parts in which a batch goes through the model; the result is the same. None: as
+            few as the scorer's batch size allows, which is halved when memory runs out.
         gradient_checkpointing: Whether activations are computed again rather than kept, which saves memory.
         seed: Decides initial prompts, order, noise and what is held out.
     """
@@ -97,7 +99,7 @@ class FitConfig:
     swaps: int = 0
     draws: int = 4
     jitter: int = 50
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int | None = None
     gradient_checkpointing: bool = False
     seed: int = 0
 
@@ -107,7 +109,7 @@ class FitConfig:
         if self.objective not in get_args(Objective):
             raise OptionError(f"got objective {self.objective!r}, expected one of {get_args(Objective)}")
         above = ("margin", "temperature", "steps", "batch", "learning_rate", "check_every", "patience", "draws")
-        for name in (*above, "gradient_accumulation_steps"):
+        for name in (*above, *(() if self.gradient_accumulation_steps is None else ("gradient_accumulation_steps",))):
             if not getattr(self, name) > 0:
                 raise OptionError(f"got {name} {getattr(self, name)}, expected more than 0")
         if self.folds < 2:
@@ -314,6 +316,10 @@ class _Chance:
     noise: Float[Tensor, "c h w"]
 
 
+_Part = list[tuple[str, _Chance]]
+"""Examples by id."""
+
+
 class Learner:
     """Optimizer steps over batches of examples, for a scorer whose model carries prompts, tokens, or whose score has
     weights.
@@ -397,37 +403,16 @@ class Learner:
             self._order += fresh
         batch, self._order = self._order[: config.batch], self._order[config.batch :]
         seeds = [rng.getrandbits(48) for _ in batch]
-        mine = team.share(list(zip(batch, seeds, strict=True)))
-        size = math.ceil(config.batch / team.size / config.gradient_accumulation_steps)
-        parts = [mine[i : i + size] for i in range(0, len(mine), size)]
-        self.weigh()
-        if self._spread is None:
-            self._spread = self._first_spread(parts)
-        self._optimizer.zero_grad()
-        loss = torch.zeros((), device=self.scorer.backbone.device)
-        broken: str | None = None
-        for part in parts:
-            drawn = [self._draw(i, seed) for i, seed in part]
-            scores = self._scores(drawn)
-            losses = [
-                choice_loss(s / self._spread, d.pairs.choices, config.objective, config.margin, config.temperature)
-                for s, d in zip(scores, drawn, strict=True)
-            ]
-            share = torch.stack(losses).sum() / len(batch)
-            share.backward()
-            self.weigh()  # what the weights were made of is used up by a backward pass
-            loss += share.detach()
-            names = [self.examples[i].id for i, _ in part]
-            broken = next((n for n, s in zip(names, scores, strict=True) if not s.isfinite().all()), broken)
+        mine = team.share([(self.examples[i].id, self._draw(i, s)) for i, s in zip(batch, seeds, strict=True)])
+        self._fit_memory(mine, self._measure_spread)
+        loss, broken = self._fit_memory(mine, lambda parts: self._gradients(parts, len(batch)))
         value = float(team.total(loss))
         if not math.isfinite(value):
             raise ModelError(
                 f"got a loss of {value} at step {self.done}, example {broken or self.examples[batch[0]].id}; "
                 "lower the learning rate, or load the model in float32"
             )
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.copy_(team.total(parameter.grad))
+        self._add_up_gradients()
         # cosine to zero after a short rise
         fall = min(1.0, self.done / 10) * 0.5 * (1 + math.cos(math.pi * (self.done - 1) / config.steps))
         for group in self._optimizer.param_groups:
@@ -441,15 +426,85 @@ class Learner:
             self._log.write(self.done, loss=value, learning_rate=rate, gradient_norm=float(norm))
         return value
 
+    def _gradients(self, parts: Sequence[_Part], count: int) -> tuple[Tensor, str | None]:
+        """Adds up gradients of the loss, a mean over ``count`` examples; that loss, and which example broke it."""
+        config = self.config
+        assert self._spread is not None
+        self._optimizer.zero_grad()
+        self.weigh()
+        total = torch.zeros((), device=self.scorer.backbone.device)
+        broken: str | None = None
+        for part in parts:
+            scores = self._scores([drawn for _, drawn in part])
+            losses = [
+                choice_loss(s / self._spread, d.pairs.choices, config.objective, config.margin, config.temperature)
+                for s, (_, d) in zip(scores, part, strict=True)
+            ]
+            loss = torch.stack(losses).sum() / count
+            loss.backward()
+            self.weigh()  # what the weights were made of is used up by a backward pass
+            total += loss.detach()
+            broken = next((n for (n, _), s in zip(part, scores, strict=True) if not s.isfinite().all()), broken)
+        return total, broken
+
+    def _add_up_gradients(self) -> None:
+        """Gives every process the sum of all gradients; what the loss of none depends on stays without one."""
+        if self.team.size == 1:
+            return
+        device = self.scorer.backbone.device
+        there = self.team.total(torch.tensor([float(p.grad is not None) for p in self.parameters], device=device))
+        each = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in self.parameters]
+        summed = self.team.total(torch.cat(each)).split([len(g) for g in each])
+        for parameter, gradient, any_ in zip(self.parameters, summed, there.tolist(), strict=True):
+            parameter.grad = gradient.view_as(parameter).clone() if any_ else None
+
     @torch.no_grad()
-    def _first_spread(self, parts: Sequence[Sequence[tuple[int, int]]]) -> float:
-        """The unit in which margin and softmax work: how far candidates' scores lie apart."""
+    def _measure_spread(self, parts: Sequence[_Part]) -> None:
+        """Finds the unit in which margin and softmax work: how far candidates' scores lie apart, at the first step."""
+        if self._spread is not None:
+            return
         sums = torch.zeros(2, dtype=torch.float64, device=self.scorer.backbone.device)
         for part in parts:
-            for scores in self._scores([self._draw(i, seed) for i, seed in part]):
+            for scores in self._scores([drawn for _, drawn in part]):
                 sums += torch.stack([(scores - scores.mean()).double().square().sum(), sums.new_tensor(len(scores))])
         squares, count = self.team.total(sums)
-        return max(1e-6, float((squares / (count - 1)).sqrt()))
+        self._spread = max(1e-6, float((squares / (count - 1)).sqrt()))
+
+    def _fit_memory(self, batch: _Part, run: Callable[[list[_Part]], V]) -> V:
+        """Runs over a batch in parts, which get smaller for as long as memory runs out."""
+        while True:
+            parts = self._parts(batch)
+            try:
+                return run(parts)
+            except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+                if isinstance(error, DsdError) or not out_of_memory(error):
+                    raise
+                if self.config.gradient_accumulation_steps is not None or max(map(len, parts)) == 1:
+                    raise ModelError(
+                        f"{self.scorer.backbone.device} has too little memory to learn from {max(map(len, parts))} "
+                        f"examples at once at {self.scorer.size} pixels; try gradient checkpointing, fewer negatives, "
+                        "more gradient accumulation steps, a smaller size or dtype bfloat16"
+                    ) from error
+            self.scorer.batch_size = max(1, self.scorer.batch_size // 2)
+            with suppress(Exception):  # nothing to free on some devices
+                torch.cuda.empty_cache()
+
+    def _parts(self, batch: _Part) -> list[_Part]:
+        """A batch in parts of like many examples, or of as many as the scorer's batch size takes rows."""
+        count = self.config.gradient_accumulation_steps
+        if count is not None:
+            size = math.ceil(self.config.batch / self.team.size / count)
+            return [batch[i : i + size] for i in range(0, len(batch), size)]
+        parts: list[_Part] = []
+        rows = 0
+        for item in batch:
+            new = len(item[1].pairs.texts)
+            if not parts or rows + new > self.scorer.batch_size:
+                parts.append([])
+                rows = 0
+            parts[-1].append(item)
+            rows += new
+        return parts
 
     def _draw(self, i: int, seed: int) -> _Chance:
         """An example's own pairs, its right pairs again among wrong ones, and one noise and timestep for all."""

@@ -296,7 +296,7 @@ class Scorer:
             try:
                 return run(self.batch_size)
             except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
-                if isinstance(error, DsdError) or not _out_of_memory(error):
+                if isinstance(error, DsdError) or not out_of_memory(error):
                     raise
                 if self.batch_size == 1:
                     raise ModelError(
@@ -318,7 +318,8 @@ def _identity(image: ImageInput) -> Hashable:
     return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else id(image)
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so, in whatever words a device has for it."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
         s in text for s in ("out of memory", "can't allocate memory", "not enough memory")
