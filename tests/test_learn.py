@@ -392,3 +392,46 @@ def test_pictures_that_share_a_caption_are_no_negatives() -> None:
     import random
 
     assert len(Negatives(toy(6), 0, 2, 0).join(0, random.Random(0)).choices) == 1
+
+
+# What is taught
+
+
+def test_attention_is_taught_along_with_denoising(pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default, in units of its spread; the zero-shot score that it must beat is denoising alone."""
+    zero = ScoreConfig("denoising", SCORE.timesteps)
+    examples, made = toy(6), scorer(pipe, zero)
+    pairs = [pair for e in examples for pair in e.pairs]
+    attention = Scorer(made.backbone, SCORE).predict(pairs).reshape(-1, 2)
+    denoising = made.predict(pairs).reshape(-1, 2)
+    first: list[np.ndarray] = []
+
+    def look(scorer: Scorer) -> float:
+        first.append(scorer.predict(pairs))
+        return change(scorer)
+
+    with monkeypatch.context() as patch:
+        looks_as(patch, look)
+        adapter = fit(made, examples, config=replace(QUICK, validation=0.5))
+    assert np.array_equal(first[0].reshape(-1, 2), denoising)
+    assert adapter.score.kind == "mixture"
+    assert adapter.score.weights is not None
+    spreads = [np.sqrt(np.mean((s - s.mean(1, keepdims=True)) ** 2)) for s in (denoising, attention)]
+    assert adapter.score.weights["denoising"] == 1
+    assert adapter.score.weights["attention"] == pytest.approx(spreads[0] / spreads[1], rel=1e-3)
+    again = Adapter.load(adapter.save(tmp_path / "a"))
+    fresh = load_backbone(pipe())
+    again.attach(fresh)
+    assert np.array_equal(Scorer(fresh, again.score).predict(pairs), made.predict(pairs))
+
+
+def test_what_is_taught_can_be_chosen(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_as(monkeypatch, change)
+    zero = ScoreConfig("denoising", SCORE.timesteps)
+    config = replace(QUICK, validation=0.5)
+    assert fit(scorer(pipe, zero), toy(6), config=replace(config, mix=())).score == zero
+    assert fit(scorer(pipe), toy(6), config=config).score == SCORE
+    made = fit(scorer(pipe), toy(6), config=replace(config, mix=("attention-mass",), method="prompt+heads"))
+    assert made.score.kind == "weighted"
+    with pytest.raises(OptionError, match="to mix"):
+        FitConfig(mix=("nonesuch",))

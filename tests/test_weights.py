@@ -76,7 +76,7 @@ def accuracy(scorer: Scorer, examples: list[Example]) -> float:
 @pytest.mark.parametrize("layers", [None, ("mid_block", "up_blocks.1")])
 def test_weights_that_pick_a_score_give_it(backbone: Backbone, kind: str, layers: Any) -> None:
     expected = Scorer(backbone, ScoreConfig(kind, TIMESTEPS, None if kind == "denoising" else layers)).predict(PAIRS)
-    weights = Features(backbone, layers).weights_of(kind).repeat(2, 1)
+    weights = Features(backbone, layers).weights_of({kind: 1.0}).repeat(2, 1)
     found = Scorer(backbone, replace(LEARNED, layers=layers), weights=weights).predict(PAIRS)
     assert found.dtype == np.float32
     assert np.abs(found - expected).max() < 1e-5
@@ -157,7 +157,7 @@ def test_weights_that_do_not_fit(backbone: Backbone, config: ScoreConfig, shape:
 
 def test_only_sums_of_heads_can_be_weighted(backbone: Backbone) -> None:
     with pytest.raises(OptionError, match="got score 'paper'"):
-        Features(backbone).weights_of("paper")
+        Features(backbone).weights_of({"paper": 1.0})
 
 
 # The solver
@@ -393,7 +393,7 @@ def test_a_resume_starts_anew(pipe: Pipe, tmp_path: Path, taught: tuple[Scorer, 
 def test_importance_equals_finite_differences(backbone: Backbone) -> None:
     """The mean over examples of the loss's slope, measured by scoring with weights a little larger and smaller."""
     examples, features = toy(3, 0), Features(backbone, ["mid_block"])
-    uniform = features.weights_of("attention").repeat(2, 1)
+    uniform = features.weights_of({"attention": 1.0}).repeat(2, 1)
     config = replace(LEARNED, layers=features.layers)
     scorer = Scorer(backbone, config, weights=uniform)
     found = importance(scorer, features, examples, QUICK)
@@ -432,7 +432,7 @@ def test_weights_of_heads_learn(pipe: Pipe, method: Any, monkeypatch: pytest.Mon
     assert adapter.score == replace(LEARNED, layers=Features(made.backbone).layers)
     assert (adapter.prompts is not None) == (method == "prompt+heads") == bool(adapter.state)
     assert adapter.weights is not None
-    own = Features(made.backbone).weights_of("attention") != 0
+    own = Features(made.backbone).weights_of({"attention": 1.0}) != 0
     assert (adapter.weights[:, ~own] == 0).all()
     assert len(set(adapter.weights[:, own].flatten().tolist())) > own.sum()
     assert np.array_equal(made.predict(PAIRS), seen[-1])

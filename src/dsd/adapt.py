@@ -54,7 +54,7 @@ from dsd.lesson import Negatives, choices_of, folds, split
 from dsd.metrics import bootstrap_interval
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
-from dsd.scores import WEIGHTED, Features
+from dsd.scores import MIXTURE, WEIGHTED, Features, ScoreConfig
 from dsd.weights import Choice, better, fit_weights
 
 if TYPE_CHECKING:
@@ -210,8 +210,32 @@ class _Gradient:
         self.features: Features | None = None
         if config.pieces & {"heads", "weights"}:
             self.features = Features(scorer.backbone, self.zero.layers)
-            self.features.weights_of(self.zero.kind)  # refuses scores that heads have no share in
+            self.features.weights_of(self._terms())  # refuses scores that heads have no share in
         self.base = fingerprint(scorer.backbone)
+        self.start = self.zero
+        """The score that is taught."""
+
+    def _terms(self) -> dict[str, float]:
+        """What is taught, each score by itself."""
+        mix = self.config.mix
+        if mix is None:
+            mix = ("attention",) if self.zero.kind == "denoising" else ()
+        return {**dict.fromkeys(mix, 1.0), **self.zero.terms}
+
+    def _mixed(self, examples: Sequence[Example]) -> ScoreConfig:
+        """The score that is taught: further scores count as much as the scorer's own, in units of their spread."""
+        terms = self._terms()
+        if terms == self.zero.terms:
+            return self.zero
+        both = replace(self.zero, kind=MIXTURE, weights=terms)
+        jury = Jury(examples)
+        self.scorer.use(both)
+        try:
+            parts = self.scorer.predict_parts(jury.pairs)[1]
+        finally:
+            self.scorer.use(self.zero)
+        own = jury.spread(np.sum([self.zero.terms[k] * parts[k] for k in self.zero.terms], 0))
+        return replace(both, weights={k: self.zero.terms.get(k, own / jury.spread(parts[k])) for k in terms})
 
     def fit(
         self, turns: Sequence[Turn], examples: list[Example], resume: bool, progress: bool
@@ -228,6 +252,7 @@ class _Gradient:
         )
         # in one order, whether it was stopped or not: what is encoded together decides the last bit
         self.scorer.latents([image for turn in turns for e in (*turn.examples, *turn.held_out) for image in e.images])
+        self.start = self._mixed([e for turn in turns for e in (*turn.examples, *turn.held_out)])
         trails: list[Trail] = []
         going: dict[str, Any] | None = None  # what the last of the trails goes on from
         if resume and self.keeper is not None and self.keeper.exists():
@@ -296,9 +321,10 @@ class _Gradient:
         if self.prompt is not None:
             prompts.attach(denoiser, self.prompt, config.seed)
         try:
+            scorer.use(self.start)
             if "heads" in config.pieces and self.features is not None:  # the same score, with weights to be learned
-                same = self.features.weights_of(self.zero.kind).repeat(len(self.zero.timesteps), 1)
-                scorer.use(replace(self.zero, kind=WEIGHTED, layers=self.features.layers), same)
+                same = self.features.weights_of(self.start.terms).repeat(len(self.start.timesteps), 1)
+                scorer.use(replace(self.start, kind=WEIGHTED, layers=self.features.layers, weights=None), same)
             done = 0 if state is None else int(state["progress"][-1])
             log = None if self.log is None or not self.team.leads else Log(self.log, k + 1, done)
             learner = Learner(scorer, turn.examples, config, self.team, log)
@@ -332,9 +358,10 @@ class _Gradient:
         if placed is not None:
             prompts.attach(self.scorer.backbone.denoiser, placed)
             prompts.load_state(self.scorer.backbone.denoiser, learned)
-        score, names = self.zero, None
+        score, names = self.start if learned else self.zero, None
         if weights is not None and self.features is not None:
-            score, names = replace(self.zero, kind=WEIGHTED, layers=self.features.layers), self.features.names
+            score = replace(self.start, kind=WEIGHTED, layers=self.features.layers, weights=None)
+            names = self.features.names
         self.scorer.use(score, weights)
         return Adapter(self.base, score, placed, learned, self.scorer.size, training, scale, weights, names)
 
@@ -399,8 +426,8 @@ def _fit_weights(
         prompts.load_state(denoiser, taught.state)
     flat = np.concatenate(drawn, 1).reshape(config.draws, at, -1).astype(np.float64)
     steps = len(zero.timesteps)
-    kinds = dict.fromkeys(("denoising", start.kind))
-    prior = np.stack([np.tile(features.weights_of(kind).double().numpy(), steps) / steps for kind in kinds])
+    priors = [{"denoising": 1.0}, *([start.terms] if start.kind != "denoising" else [])]
+    prior = np.stack([np.tile(features.weights_of(terms).double().numpy(), steps) / steps for terms in priors])
     fitted = fit_weights(flat.mean(0), flat[0], learn_from, judge_by, prior, groups)
     weights = torch.from_numpy(fitted.weights.reshape(steps, -1) * steps).float()
 

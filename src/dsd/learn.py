@@ -28,7 +28,7 @@ from dsd.contracts import DsdError, Example, ModelError, OptionError
 from dsd.lesson import Drawn, Negatives, choices_of
 from dsd.metrics import expected_calibration_error, reliability, wins
 from dsd.scorer import Scorer, out_of_memory
-from dsd.scores import Features, Pass, noised_pass
+from dsd.scores import SCORES, Features, Pass, noised_pass
 from dsd.weights import Choice, Choices, better
 
 if TYPE_CHECKING:
@@ -58,6 +58,8 @@ class FitConfig:
     Attributes:
         method: What is learned; see :mod:`dsd.adapt`. ``weights`` alone heeds the negatives, ``draws``, ``folds`` and
             ``seed``, and nothing else.
+        mix: Scores that are taught along with the scorer's own, each in units of its spread. None: ``attention`` along
+            with ``denoising``, which is the best zero-shot but learns little by itself; nothing along with others.
         objective: ``hinge`` on the hardest negative (He et al. 2023) or ``softmax`` over candidates.
         margin: Of the hinge, in units of the score's spread on the first batch.
         temperature: Of the softmax, in the same units.
@@ -83,6 +85,7 @@ class FitConfig:
     """
 
     method: Method = "prompt"
+    mix: tuple[str, ...] | None = None
     objective: Objective = "softmax"
     margin: float = 0.1
     temperature: float = 1.0
@@ -106,6 +109,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.method not in get_args(Method):
             raise OptionError(f"got method {self.method!r}, expected one of {get_args(Method)}")
+        if self.mix is not None and not set(self.mix) <= set(SCORES):
+            raise OptionError(f"got scores {self.mix} to mix, expected some of {', '.join(SCORES)}")
         if self.objective not in get_args(Objective):
             raise OptionError(f"got objective {self.objective!r}, expected one of {get_args(Objective)}")
         above = ("margin", "temperature", "steps", "batch", "learning_rate", "check_every", "patience", "draws")
@@ -178,6 +183,10 @@ class Jury:
         """Share of each example's choices that is won."""
         tables = [scores[t].reshape(len(e.images), -1) for t, e in zip(self._tables, self.examples, strict=True)]
         return np.array([wins(t, e.positives).mean() for t, e in zip(tables, self.examples, strict=True)])
+
+    def spread(self, scores: Float[np.ndarray, " pairs"]) -> float:
+        """How far the scores of candidates lie apart."""
+        return float(self._choices.spread(np.asarray(scores, np.float64)))
 
     def judge(self, scores: Float[np.ndarray, " pairs"]) -> Judged:
         scores = np.asarray(scores, np.float64)

@@ -170,6 +170,11 @@ class ScoreConfig:
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"got seed {self.seed}, expected 0 or more, and less than 2 to the power of 63")
 
+    @property
+    def terms(self) -> dict[str, float]:
+        """The scores that it is the sum of, and their weights."""
+        return dict(self.weights or {self.kind: 1.0})
+
     def to_dict(self) -> dict[str, Any]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
 
@@ -219,25 +224,26 @@ class Features:
         own, all_ = (torch.cat([getattr(r, what) for r in records], 1) for what in ("own", "all"))
         return torch.cat([own, own - all_, denoising(caption, empty)[:, None]], 1)
 
-    def weights_of(self, kind: str) -> Float[Tensor, " features"]:
-        """The weights that make a score of that kind, over the same layers.
+    def weights_of(self, terms: Mapping[str, float]) -> Float[Tensor, " features"]:
+        """The weights that make a sum of scores, over the same layers.
+
+        Args:
+            terms: Of each kind of score its weight.
 
         Raises:
-            OptionError: If the kind is no sum of these features.
+            OptionError: If a kind is no sum of these features.
         """
-        if kind not in ("attention", "attention-mass", "denoising"):
-            raise OptionError(
-                f"got score {kind!r}, expected attention, attention-mass or denoising, which heads have a share in"
-            )
         # every layer counts the same, whatever its number of heads
         mean = torch.cat([torch.full((count,), 1 / (len(self._heads) * count)) for count in self._heads])
+        heads = len(mean)
+        places = {"attention": slice(heads), "attention-mass": slice(heads, -1), "denoising": slice(-1, None)}
         found = torch.zeros(len(self.names))
-        if kind == "denoising":
-            found[-1] = 1
-        elif kind == "attention":
-            found[: len(mean)] = mean
-        else:
-            found[len(mean) : -1] = mean
+        for kind, weight in terms.items():
+            if kind not in places:
+                raise OptionError(
+                    f"got score {kind!r}, expected attention, attention-mass or denoising, which heads have a share in"
+                )
+            found[places[kind]] += weight * (torch.ones(1) if kind == "denoising" else mean)
         return found
 
 
@@ -266,7 +272,7 @@ class Score:
                 f"for {WEIGHTED} alone; load the adapter that they were learned for"
             )
         self.config = config
-        self.terms = dict(config.weights or {config.kind: 1.0})
+        self.terms = config.terms
         self.weights: Tensor | None = None
         self.layers: tuple[str, ...]
         """All layers to probe in a pass."""

@@ -58,7 +58,7 @@ class Recipe:
     """Everything that decides the weights; saved with them."""
 
     seed: int = 0
-    scenes: int = 60_000
+    scenes: int = 120_000
     """How many pretraining scenes there are; captions are drawn anew each time a scene is seen."""
     vae_samples: int = 104_000
     vae_batch: int = 16
@@ -67,7 +67,7 @@ class Recipe:
     text_samples: int = 140_000
     text_batch: int = 128
     text_lr: float = 1e-3
-    unet_samples: int = 500_000
+    unet_samples: int = 1_060_000
     unet_batch: int = 64
     unet_lr: float = 8e-4
     easy_samples: int = 60_000
