@@ -165,6 +165,11 @@ def _learning_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method", choices=METHODS, default="prompt", metavar="M", help=f"{', '.join(METHODS)} (default: %(default)s)"
     )
+    group.add_argument(
+        "--mix",
+        metavar="S,S,...",
+        help="scores taught along with the score, or none (default: attention with denoising, none with others)",
+    )
     group.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
     group.add_argument("--rank", type=int, default=4, help="rank of the prompts (default: %(default)s)")
     group.add_argument("--prompt-scale", type=float, default=1.0, metavar="X", help="multiplies the prompts' change")
@@ -375,8 +380,10 @@ def _lesson(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
         "validation": a.hold_out,
         "gradient_accumulation_steps": a.gradient_accumulation_steps,
     }
+    mix = None if a.mix is None else () if a.mix == "none" else tuple(a.mix.split(","))
     config = FitConfig(
         method=a.method,
+        mix=mix,
         objective=a.objective,
         gradient_checkpointing=a.gradient_checkpointing,
         **{k: v for k, v in given.items() if v is not None},
