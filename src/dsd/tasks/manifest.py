@@ -40,7 +40,7 @@ _repr.maxstring = _repr.maxother = 80
 
 
 @dataclass(frozen=True)
-class _Where:
+class Where:
     """A place in a file, for error messages."""
 
     file: str
@@ -55,7 +55,7 @@ class _Where:
 class _Row:
     """One labelled pair; rows of the same image have the same key."""
 
-    where: _Where
+    where: Where
     key: str
     image: ImageInput
     text: str
@@ -80,7 +80,7 @@ def read_manifest(path: str | PathLike[str], root: str | PathLike[str] | None = 
     Raises:
         ManifestError: Anything else than the above, or an image outside the folder.
     """
-    where = _Where(os.fspath(path))
+    where = Where(os.fspath(path))
     if root is not None and not Path(root).is_dir():
         raise ManifestError(f"{root}: got no folder, expected the one that image paths start at")
     try:
@@ -90,12 +90,12 @@ def read_manifest(path: str | PathLike[str], root: str | PathLike[str] | None = 
     except IsADirectoryError:
         where.fail("a folder", "a manifest file", "name the .jsonl or .csv file in it")
     except (OSError, ValueError) as error:
-        where.fail(f"a file that cannot be read ({_reason(error)})", "a manifest", "check the path and its permissions")
+        where.fail(f"a file that cannot be read ({reason(error)})", "a manifest", "check the path and its permissions")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # the error's object, as a byte order mark shifts its positions
-        line = _Where(where.file, error.object.count(b"\n", 0, error.start) + 1)
+        line = Where(where.file, error.object.count(b"\n", 0, error.start) + 1)
         line.fail(f"the byte 0x{error.object[error.start]:02x}", "UTF-8 text", "save the file as UTF-8")
     folder = Path(path).absolute().parent if root is None else Path(root).absolute()
     examples = (_read_csv if where.file.lower().endswith(".csv") else _read_jsonl)(text, where.file, folder)
@@ -123,15 +123,15 @@ def read_table(
     """
     read: list[_Row] = []
     for number, row in enumerate(rows, 1):
-        where = _Where(name, number)
+        where = Where(name, number)
         if not isinstance(row, Mapping):
-            where.fail(_show(row), f"a row with {', '.join(COLUMNS)}", "pass a table of these columns")
+            where.fail(show(row), f"a row with {', '.join(COLUMNS)}", "pass a table of these columns")
         _check_names(where, list(row), COLUMNS, COLUMNS, "column")
         image, text, label = (row[column] for column in COLUMNS)
         key, image = _table_image(where, image, None if folder is None else Path(folder).absolute())
         read.append(_Row(where, key, image, _text(where, text, "text"), _label(where, label)))
     if not read:
-        _Where(name).fail("no rows", "at least one", "check the split or filter that the table comes from")
+        Where(name).fail("no rows", "at least one", "check the split or filter that the table comes from")
     return _group(read)
 
 
@@ -149,7 +149,7 @@ def write_manifest(examples: Iterable[Example], folder: str | PathLike[str], nam
             written to.
     """
     root = Path(folder).absolute()
-    where = _Where(str(root / name))
+    where = Where(str(root / name))
     if Path(name).name != name or not name.lower().endswith(".jsonl"):
         where.fail(f"the name {name!r}", "a plain file name that ends in .jsonl", "choose such a name")
     temporary = root / f".{name}.{os.getpid()}.tmp"
@@ -158,7 +158,7 @@ def write_manifest(examples: Iterable[Example], folder: str | PathLike[str], nam
     try:
         (root / "images").mkdir(parents=True, exist_ok=True)
         for number, example in enumerate(examples, 1):
-            line = _Where(where.file, number)
+            line = Where(where.file, number)
             _new_id(line, _text(line, example.id, "id"), ids)
             entry = {
                 "id": example.id,
@@ -176,7 +176,7 @@ def write_manifest(examples: Iterable[Example], folder: str | PathLike[str], nam
         finally:
             temporary.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        where.fail(f"a folder that cannot be written to ({_reason(error)})", "a writable one", "choose another folder")
+        where.fail(f"a folder that cannot be written to ({reason(error)})", "a writable one", "choose another folder")
     return root / name
 
 
@@ -189,16 +189,16 @@ def _read_jsonl(text: str, file: str, folder: Path) -> list[Example]:
     # not splitlines: JSON strings may hold other line separators as they are
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            examples.append(_example(_parse(_Where(file, number), line), _Where(file, number), folder, ids))
+            examples.append(_example(_parse(Where(file, number), line), Where(file, number), folder, ids))
     return examples
 
 
-def _parse(where: _Where, line: str) -> dict[str, Any]:
+def _parse(where: Where, line: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
-            where.fail(f"the key {_show(twice)} twice", "each key once", "remove one")
+            where.fail(f"the key {show(twice)} twice", "each key once", "remove one")
         return dict(pairs)
 
     do = "write one example a line, as JSON"
@@ -209,11 +209,11 @@ def _parse(where: _Where, line: str) -> dict[str, Any]:
     except (RecursionError, ValueError):  # nesting, or integers, of thousands
         where.fail("JSON too deep or too large to read", "a JSON object", do)
     if not isinstance(value, dict):
-        where.fail(_show(value), "a JSON object", do)
+        where.fail(show(value), "a JSON object", do)
     return value
 
 
-def _example(entry: dict[str, Any], where: _Where, folder: Path, ids: set[str]) -> Example:
+def _example(entry: dict[str, Any], where: Where, folder: Path, ids: set[str]) -> Example:
     _check_names(where, list(entry), _KEYS, _REQUIRED, "key")
     images = [_inside(where, name, folder) for name in _strings(where, entry["images"], "images")]
     texts = _strings(where, entry["texts"], "texts")
@@ -224,21 +224,21 @@ def _example(entry: dict[str, Any], where: _Where, folder: Path, ids: set[str]) 
     return Example(name, tuple(map(str, images)), tuple(texts), positives, tuple(tags))
 
 
-def _positives(where: _Where, value: Any, images: int, texts: int) -> tuple[tuple[int, int], ...]:
+def _positives(where: Where, value: Any, images: int, texts: int) -> tuple[tuple[int, int], ...]:
     expected = f"a list of [image, text] pairs of integers with image below {images} and text below {texts}"
     do = "count from 0 in images and texts"
     if not isinstance(value, list | tuple) or not value:
-        where.fail(f"positives {_show(value)}", expected, do)
+        where.fail(f"positives {show(value)}", expected, do)
     pairs: list[tuple[int, int]] = []
     for pair in value:
         # a boolean is an integer to isinstance
         if not isinstance(pair, list | tuple) or len(pair) != 2 or any(type(index) is not int for index in pair):
-            where.fail(f"the positive {_show(pair)}", expected, do)
+            where.fail(f"the positive {show(pair)}", expected, do)
         image, text = pair
         if not (0 <= image < images and 0 <= text < texts):
-            where.fail(f"the positive {_show(pair)}", expected, do)
+            where.fail(f"the positive {show(pair)}", expected, do)
         if (image, text) in pairs:
-            where.fail(f"the positive {_show(pair)} twice", "each once", "remove one")
+            where.fail(f"the positive {show(pair)} twice", "each once", "remove one")
         pairs.append((image, text))
     return tuple(pairs)
 
@@ -253,7 +253,7 @@ def _read_csv(text: str, file: str, folder: Path) -> list[Example]:
     line = 1
     try:
         for cells in reader:
-            where, line = _Where(file, line), reader.line_num + 1
+            where, line = Where(file, line), reader.line_num + 1
             if not any(cell.strip() for cell in cells):
                 continue
             if header is None:
@@ -266,7 +266,7 @@ def _read_csv(text: str, file: str, folder: Path) -> list[Example]:
             path = str(_inside(where, row["image"], folder))
             rows.append(_Row(where, path, path, _text(where, row["text"], "text"), _label(where, row["label"])))
     except csv.Error as error:
-        _Where(file, line).fail(f"broken CSV ({error})", f"cells of {', '.join(COLUMNS)}", "check quotes")
+        Where(file, line).fail(f"broken CSV ({error})", f"cells of {', '.join(COLUMNS)}", "check quotes")
     return _group(rows)
 
 
@@ -290,7 +290,7 @@ def _group(rows: Sequence[_Row]) -> list[Example]:
         for row in group:
             if not row.label:
                 row.where.fail(
-                    f"label 0 for an image and a text ({_show(text)}) that no row with label 1 has",
+                    f"label 0 for an image and a text ({show(text)}) that no row with label 1 has",
                     "a right pair to tell the wrong one from",
                     "add the row of the right pair, or remove this one",
                 )
@@ -309,7 +309,7 @@ def _is_choice(rows: Sequence[_Row]) -> bool:
     return len({row.label for row in rows}) == 2
 
 
-def _choice(rows: Sequence[_Row], where: _Where | None = None) -> Example:
+def _choice(rows: Sequence[_Row], where: Where | None = None) -> Example:
     """An example of rows that share an image or a text."""
     images = tuple({row.key: row.image for row in rows}.values())
     texts = tuple(dict.fromkeys(row.text for row in rows))
@@ -318,16 +318,16 @@ def _choice(rows: Sequence[_Row], where: _Where | None = None) -> Example:
     return Example(str((where or rows[0].where).line), images, texts, positives)
 
 
-def _label(where: _Where, value: Any) -> bool:
+def _label(where: Where, value: Any) -> bool:
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, str) and value.strip().lower() in _LABELS:
         return _LABELS[value.strip().lower()]
     if not isinstance(value, int) or value not in (0, 1):
-        where.fail(f"the label {_show(value)}", "0, 1, true or false", "say 1 where the text fits the image")
+        where.fail(f"the label {show(value)}", "0, 1, true or false", "say 1 where the text fits the image")
     return bool(value)
 
 
-def _table_image(where: _Where, image: Any, folder: Path | None) -> tuple[str, ImageInput]:
+def _table_image(where: Where, image: Any, folder: Path | None) -> tuple[str, ImageInput]:
     """A key that the same images share, and the image."""
     if isinstance(image, str | PathLike):
         name = os.fspath(image)
@@ -340,18 +340,16 @@ def _table_image(where: _Where, image: Any, folder: Path | None) -> tuple[str, I
         try:
             pixels, form = image.tobytes(), f"{image.mode} {image.size}"
         except (OSError, SyntaxError, ValueError) as error:
-            where.fail(
-                f"an image that cannot be read ({_reason(error)})", "an image", "save it again or remove the row"
-            )
+            where.fail(f"an image that cannot be read ({reason(error)})", "an image", "save it again or remove the row")
     else:
-        where.fail(f"the image {_show(image)}", "a path, a PIL image or an array", "decode the column to images")
+        where.fail(f"the image {show(image)}", "a path, a PIL image or an array", "decode the column to images")
     return f"{form} {_digest(pixels)}", image
 
 
 # Checks
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     """The value, shortened, on one line."""
     try:
         return " ".join(_repr.repr(value).split())
@@ -359,41 +357,41 @@ def _show(value: Any) -> str:
         return f"a huge {type(value).__name__}"
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
 
 
-def _check_names(where: _Where, got: Sequence[Any], known: Sequence[str], required: Sequence[str], kind: str) -> None:
+def _check_names(where: Where, got: Sequence[Any], known: Sequence[str], required: Sequence[str], kind: str) -> None:
     for i, name in enumerate(got):
         if name not in known or name in got[:i]:
             twice = " twice" if name in known else ""
-            where.fail(f"the {kind} {_show(name)}{twice}", f"{', '.join(known)}", "rename or remove it")
+            where.fail(f"the {kind} {show(name)}{twice}", f"{', '.join(known)}", "rename or remove it")
     missing = [name for name in required if name not in got]
     if missing:
         where.fail(f"no {kind} {missing[0]!r}", f"{', '.join(required)}", "add it")
 
 
-def _text(where: _Where, value: Any, kind: str) -> str:
+def _text(where: Where, value: Any, kind: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        where.fail(f"the {kind} {_show(value)}", "a string that is not blank", "write it in quotes")
+        where.fail(f"the {kind} {show(value)}", "a string that is not blank", "write it in quotes")
     if any("\ud800" <= c <= "\udfff" for c in value):
-        where.fail(f"the {kind} {_show(value)}", "Unicode text", "remove the half of a surrogate pair")
+        where.fail(f"the {kind} {show(value)}", "Unicode text", "remove the half of a surrogate pair")
     return value
 
 
-def _strings(where: _Where, value: Any, key: str, least: int = 1) -> list[str]:
+def _strings(where: Where, value: Any, key: str, least: int = 1) -> list[str]:
     if not isinstance(value, list) or len(value) < least:
-        where.fail(f"{key} {_show(value)}", "a list of strings" + " that is not empty" * least, "put it in [ ]")
+        where.fail(f"{key} {show(value)}", "a list of strings" + " that is not empty" * least, "put it in [ ]")
     return [_text(where, item, f"entry of {key}") for item in value]
 
 
-def _new_id(where: _Where, name: str, ids: set[str]) -> None:
+def _new_id(where: Where, name: str, ids: set[str]) -> None:
     if name in ids:
-        where.fail(f"the id {_show(name)} again", "each id once", "give every example its own, or none")
+        where.fail(f"the id {show(name)} again", "each id once", "give every example its own, or none")
     ids.add(name)
 
 
-def _inside(where: _Where, name: str, folder: Path) -> Path:
+def _inside(where: Where, name: str, folder: Path) -> Path:
     """The image's path, if it is a file within the folder, links followed."""
     try:
         path = None if Path(name).is_absolute() else inside(folder, name)
@@ -401,24 +399,24 @@ def _inside(where: _Where, name: str, folder: Path) -> Path:
         path = folder / name
     if path is None:
         where.fail(
-            f"the image {_show(name)}, outside the manifest's folder",
+            f"the image {show(name)}, outside the manifest's folder",
             f"a relative path within {folder}",
             "move the image there",
         )
     return _existing(where, name, path)
 
 
-def _existing(where: _Where, name: str, path: Path) -> Path:
+def _existing(where: Where, name: str, path: Path) -> Path:
     try:
         found = path.is_file()
     except (OSError, ValueError):  # a name too long, links in a circle
         found = False
     if not found:
-        where.fail(f"the image {_show(name)}, which is no file", "an image file", "check the path")
+        where.fail(f"the image {show(name)}, which is no file", "an image file", "check the path")
     return path
 
 
-def _check_array(where: _Where, image: np.ndarray) -> None:
+def _check_array(where: Where, image: np.ndarray) -> None:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         where.fail(f"an image array of {image.dtype} {image.shape}", "uint8 (h, w, 3)", "convert it")
 
@@ -427,7 +425,7 @@ def _digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def _save(where: _Where, image: ImageInput, root: Path, stem: str) -> str:
+def _save(where: Where, image: ImageInput, root: Path, stem: str) -> str:
     """The image's path relative to the manifest, after saving it if need be.
 
     Names end in a digest of the content, so that no file is overwritten by another image.
@@ -445,19 +443,19 @@ def _save(where: _Where, image: ImageInput, root: Path, stem: str) -> str:
     return target.relative_to(root).as_posix()
 
 
-def _png(where: _Where, image: ImageInput) -> bytes:
+def _png(where: Where, image: ImageInput) -> bytes:
     if isinstance(image, np.ndarray):
         _check_array(where, image)
         picture = Image.fromarray(image)
     elif isinstance(image, Image.Image):
         picture = image
     else:
-        where.fail(f"the image {_show(image)}", "a path, a PIL image or an array", "convert it")
+        where.fail(f"the image {show(image)}", "a path, a PIL image or an array", "convert it")
     stream = io.BytesIO()
     try:
         if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
             picture = picture.convert("RGB")  # what PNG cannot hold
         picture.save(stream, "PNG")
     except (OSError, SyntaxError, ValueError) as error:
-        where.fail(f"an image that cannot be read ({_reason(error)})", "an image", "save it again")
+        where.fail(f"an image that cannot be read ({reason(error)})", "an image", "save it again")
     return stream.getvalue()
