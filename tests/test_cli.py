@@ -397,6 +397,8 @@ def test_options_out_of_range(dsd: Command, image: Path, options: str, named: st
         "curve comvg --out d --shots few",
         "curve comvg --out d --adapter x",
         "eval",
+        "compare a.json",
+        "eval comvg --limit some",
         "eval comvg --level silly",
         "eval comvg --count many",
         "world comvg",
@@ -413,7 +415,9 @@ def test_arguments_that_make_no_command(dsd: Command, argv: str) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["score", "rank", "fit", "curve", "eval", "export", "world", "explain", "demo"])
+@pytest.mark.parametrize(
+    "command", ["score", "rank", "fit", "curve", "eval", "compare", "export", "world", "explain", "demo"]
+)
 def test_every_command_has_help(dsd: Command, command: str) -> None:
     status, out, err = dsd(command, "--help")
     assert (status, err) == (0, "")
@@ -497,8 +501,11 @@ def test_evaluation_keeps_the_contract(dsd: Command, tmp_path: Path) -> None:
     found = dsd.json("eval", *argv, "--out", tmp_path / "sub" / "result.json")
     assert set(found["metrics"]["accuracy"]) == {"value", "low", "high", "n"}
     assert found["metrics"]["accuracy"]["n"] == 3
-    for metric in found["metrics"].values():
-        assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= 1
+    for name, metric in found["metrics"].items():
+        most = 3 if name == "mean-rank" else 1
+        assert 0 <= metric["low"] <= metric["value"] <= metric["high"] <= most
+    assert (found["ties"], found["nans"]) == (0, 0)
+    assert found["request"]["source"] == {"manifest": "m.jsonl"}
     assert set(found["by_tag"]) == {"pets", "text"}
     assert found["by_tag"]["text"]["accuracy"]["n"] == 1
     assert found["config"]["score"]["kind"] == "attention"
@@ -535,7 +542,8 @@ def test_evaluation_of_the_world(dsd: Command, tmp_path: Path) -> None:
 
 
 def test_requests_to_the_world_that_cannot_be_met(dsd: Command, tmp_path: Path) -> None:
-    assert "--data" in dsd.refused("eval", "comvg", "--data", tmp_path)
+    assert "--data" in dsd.refused("eval", "vqa", "--data", tmp_path)
+    assert "pretraining" in dsd.refused("eval", "comvg", "--split", "pretraining")
     assert "-1" in dsd.refused("eval", "comvg", "--count", "-1")
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "sub"):
@@ -547,6 +555,149 @@ def test_result_that_cannot_be_saved(dsd: Command, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     line = dsd.refused("eval", path, "--timesteps", "300", "--out", tmp_path / "file" / "result.json")
     assert "result.json" in line
+
+
+def test_evaluation_of_a_benchmark(dsd: Command, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        picture(i).save(tmp_path / "images" / f"ex_{i}.png")
+    rows = [
+        {"id": i, "image_0": f"ex_{2 * i}", "image_1": f"ex_{2 * i + 1}", "caption_0": "a dog", "caption_1": "a cat"}
+        | {"tag": "Noun", "secondary_tag": "", "num_main_preds": 1, "collapsed_tag": "Object"}
+        for i in range(2)
+    ]
+    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = dsd.json("eval", "winoground", "--data", tmp_path, "--timesteps", "300")
+    assert found["metrics"]["group"]["n"] == 2
+    assert found["by_tag"]["Object"]["group"]["n"] == 2
+    assert found["request"]["source"] == {"benchmark": "winoground", "split": "test"}
+    assert "val" in dsd.refused("eval", "winoground", "--data", tmp_path, "--split", "val")
+    assert "--data" in dsd.refused("eval", "sugarcrepe")
+
+
+def test_some_of_the_examples(dsd: Command, tmp_path: Path) -> None:
+    choice = {"texts": ["cat", "dog"], "positives": [[0, 0]]}
+    path = manifest(tmp_path, *[{**choice, "images": [f"{letter}.png"]} for letter in "abcd"])
+    found = dsd.json("eval", path, "--limit", "2", "--timesteps", "300", "--out", tmp_path / "r.json")
+    assert found["metrics"]["accuracy"]["n"] == 2
+    assert found["request"]["source"]["limit"] == 2
+    same = dsd.json("eval", path, "--limit", "2", "--timesteps", "500", "--seed", "7")
+    assert same["dataset"] == found["dataset"]
+    for limit in ("0", "5", "-1"):
+        assert f"got {limit} examples" in dsd.refused("eval", path, "--limit", limit)
+
+
+def test_evaluation_into_a_folder_goes_on(dsd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    task = ("comvg", "--level", "easy", "--count", "30", "--timesteps", "300")
+    from dsd import Matcher
+
+    scored, calls = Matcher.predict, []
+
+    def predict(self: Matcher, pairs: Any, **options: Any) -> Any:
+        calls.append(len(pairs))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return scored(self, pairs, **options)
+
+    monkeypatch.setattr(Matcher, "predict", predict)
+    status, _, err = dsd("eval", *task, "--out", tmp_path / "run", "--model", dsd.model)
+    assert (status, err) == (130, "dsd eval: stopped\n")
+    found = dsd.json("eval", *task, "--out", tmp_path / "run")
+    assert sum(calls) > calls[0] + calls[1] == 8 + calls[1]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["request.json", "result.json", "scores.parquet"]
+    direct = dsd.json("eval", *task, "--out", tmp_path / "direct.json")
+    assert {**found, "seconds": 0} == {**direct, "seconds": 0}
+    examples = json.loads((tmp_path / "direct.json").read_text())["examples"]
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["examples"] == examples
+    table = parquet.read_table(tmp_path / "run" / "scores.parquet")
+    assert table["score"].to_pylist() == [s for e in examples for row in e["scores"] for s in row]
+    before = len(calls)
+    assert dsd.json("eval", *task, "--out", tmp_path / "run") == found
+    assert len(calls) == before
+    assert "config" in dsd.refused("eval", *task[:-1], "500", "--out", tmp_path / "run")
+    compared = dsd("compare", tmp_path / "run", tmp_path / "direct.json", "--format", "json")
+    assert json.loads(compared[1])["mcnemar"]["p"] == 1
+
+
+def test_folders_of_results_need_pyarrow(dsd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = manifest(tmp_path, LINE)
+    with monkeypatch.context() as patch:
+        patch.setattr("dsd.evaluate.find_spec", lambda name: None)
+        assert "pip install" in dsd.refused("eval", path, "--out", tmp_path / "run")
+        patch.setattr("dsd.evaluate.find_spec", lambda name: name)
+        (tmp_path / "file").touch()
+        assert ".json" in dsd.refused("eval", path, "--out", tmp_path / "file")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_cost_of_a_long_evaluation_is_told(dsd: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsd.cli.LONG", 0)
+    task = ("eval", "comvg", "--level", "easy", "--count", "30", "--timesteps", "300,500", "--model", dsd.model)
+    for score, images in (("denoising", True), ("attention", False)):
+        status, _, err = dsd(*task, "--score", score)
+        assert status == 0
+        (line,) = err.splitlines()
+        words = line.replace(",", "").split()
+        pairs = int(words[words.index("of") + 1]) - int(words[2])
+        passes = 2 * (pairs + (int(words[words.index("images") - 1]) if images else 0))
+        assert f"about {passes} denoiser passes" in line.replace(",", "")
+        assert "judging by 24 pairs" in line
+
+
+def test_learning_before_measuring(dsd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsd.evaluate.find_spec", lambda name: None)
+    task = ("eval", "comvg", "--level", "easy", "--count", "6", "--timesteps", "300")
+    how = ("--score", "attention", "--max-steps", "2", "--hold-out", "0.5", "--shots", "6", "--shot-seed", "3")
+    found = dsd.json(*task, *how)
+    few = found["request"]["few_shot"]
+    assert (few["shots"], few["seed"], few["fit"]["seed"], few["fit"]["steps"]) == (6, 3, 3, 2)
+    training = found["config"]["adapter"]["training"]
+    assert training["examples"] + training["validation_examples"] == 6
+    assert "ece" in found["metrics"]
+    assert dsd.json(*task, "--shots", "0")["config"]["adapter"] is None
+
+
+def test_learning_before_measuring_goes_on(dsd: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    choice = {"texts": ["cat", "dog"], "positives": [[0, 0]]}
+    (tmp_path / "train").mkdir()
+    train = manifest(tmp_path / "train", *[{**choice, "images": [f"{letter}.png"]} for letter in "abcd"])
+    task = ("comvg", "--level", "easy", "--count", "6", "--timesteps", "300", "--train", train, "--shots", "3")
+    how = ("--score", "attention", "--max-steps", "2", "--hold-out", "0.5")
+    whole = dsd.json("eval", *task, *how, "--out", tmp_path / "whole")
+    assert (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").is_file()
+    fitted, calls = Learner.step, []
+
+    def stopped(self: Learner) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return fitted(self)
+
+    monkeypatch.setattr(Learner, "step", stopped)
+    status, _, _ = dsd("eval", *task, *how, "--out", tmp_path / "run", "--model", dsd.model)
+    assert status == 130
+    monkeypatch.setattr("dsd.matcher.Matcher.predict", lambda *_, **__: np.zeros(1))  # too few: stops after the fit
+    status, _, _ = dsd("eval", *task, *how, "--out", tmp_path / "run", "--model", dsd.model)
+    assert status == 2
+    monkeypatch.undo()
+    monkeypatch.setattr("dsd.matcher.load_backbone", bare)
+    monkeypatch.setattr("dsd.matcher.Matcher.fit", lambda *_, **__: pytest.fail("it was fitted before"))
+    found = dsd.json("eval", *task, *how, "--out", tmp_path / "run")
+    assert {**found, "seconds": 0} == {**whole, "seconds": 0}
+    assert "few_shot" in dsd.refused("eval", *task[:-1], "2", *how, "--out", tmp_path / "run")
+
+
+def test_requests_to_learn_first_that_cannot_be_met(dsd: Command, tmp_path: Path) -> None:
+    path = manifest(tmp_path, LINE, {**LINE, "images": ["c.png", "d.png"]})
+    adapter = save_adapter(tmp_path / "adapter", dsd.model)
+    assert "--train" in dsd.refused("eval", path, "--shots", "1")
+    assert "--shots" in dsd.refused("eval", path, "--train", path)
+    assert "got 3 examples" in dsd.refused("eval", "comvg", "--train", path, "--shots", "3")
+    assert "both sides" in dsd.refused("eval", path, "--train", path, "--shots", "1")
+    assert "both sides" in dsd.refused("eval", "vqa", "--split", "few-shot", "--count", "2", "--shots", "2")
+    assert "--adapter" in dsd.refused("eval", path, "--shots", "1", "--train", path, "--adapter", adapter)
 
 
 # Learning
@@ -568,7 +719,7 @@ def test_learning_makes_an_adapter(dsd: Command, lesson: Path, image: Path, tmp_
         "fit", lesson, "--out", out, *FEW, "--learning-rate", "0.01", "--objective", "hinge", "--seed", "2"
     )
     assert found["adapter"] == str(out)
-    assert (found["examples"], found["validation_examples"], found["turns"]) == (4, 4, 4)
+    assert (found["examples"], found["validation_examples"], found["turns"]) == (4, 4, 3)
     assert {"before", "after", "low", "high"} == set(found["validation"])
     assert (found["config"]["steps"], found["config"]["objective"], found["config"]["seed"]) == (2, "hinge", 2)
     assert [p["step"] for p in found["curve"]] == [0, 2]

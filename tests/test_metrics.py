@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import permutations
+from math import comb
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,10 @@ from dsd.metrics import (
     crossed_interval,
     evaluate_scores,
     expected_calibration_error,
+    mcnemar,
     outcomes,
     paired_difference,
+    paired_separation,
     reliability,
     wins,
 )
@@ -161,7 +165,7 @@ def test_winoground_scores_are_strict(scores: list[list[float]], text: int, imag
 
 def test_winoground_scores_are_for_its_groups_only() -> None:
     metrics = evaluate_scores([example(2, 2, (0, 1), (1, 0)), example(2, 2)], [np.zeros((2, 2))] * 2)["metrics"]
-    assert set(metrics) == {"accuracy"}
+    assert set(metrics) == {"accuracy", "roc-auc"}
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0, NAN]), min_size=3, max_size=6), st.data())
@@ -169,17 +173,19 @@ def test_winoground_scores_are_for_its_groups_only() -> None:
 def test_ranks_as_all_orders_of_the_tied_have_them(scores: list[float], data: st.DataObject) -> None:
     n = len(scores)
     right = data.draw(st.sets(st.integers(0, n - 1), min_size=1, max_size=n - 1))
-    reciprocal, first, fifth = [], [], []
+    reciprocal, first, fifth, places = [], [], [], []
     for order in permutations(range(n)):
         ranked = sorted((i for i in order if scores[i] == scores[i]), key=lambda i: -scores[i])
         rank = next((r for r, i in enumerate(ranked, 1) if i in right), None)
         reciprocal.append(1 / rank if rank else 0.0)
         first.append(rank == 1)
         fifth.append(rank is not None and rank <= 5)
+        places.append(rank or n)
     metrics = evaluate_scores([example(1, n, *((0, i) for i in right))], [np.array([scores])], resamples=1)["metrics"]
     assert metrics["mrr"]["value"] == pytest.approx(np.mean(reciprocal))
     assert metrics["recall@1"]["value"] == pytest.approx(np.mean(first))
     assert metrics["accuracy"]["value"] == pytest.approx(np.mean(first))
+    assert metrics["mean-rank"]["value"] == pytest.approx(np.mean(places))
     if n > 5:
         assert metrics["recall@5"]["value"] == pytest.approx(np.mean(fifth))
     else:
@@ -192,9 +198,170 @@ def test_ranks_need_more_than_two_candidates() -> None:
     assert "mrr" not in evaluate_scores([example(3, 2)], [np.zeros((3, 2))])["metrics"]
 
 
-def test_ties_are_counted() -> None:
+def test_ties_and_missing_scores_are_counted() -> None:
     scores = [np.array([[1.0, 1.0, 0.0]]), np.array([[1.0, 0.0, 0.0]]), np.array([[NAN, NAN, 0.0]])]
-    assert evaluate_scores([example(1, 3)] * 3, scores)["ties"] == 1
+    found = evaluate_scores([example(1, 3)] * 3, scores)
+    assert (found["ties"], found["nans"]) == (1, 2)
+
+
+# Sets
+
+
+def brute_first(scores: list[float], right: list[bool]) -> list[float]:
+    """How probable each rank is for the first right candidate: exact, by counting how ties can fall."""
+    hits = [s for s, is_right in zip(scores, right, strict=True) if is_right and s == s]
+    chances = [0.0] * len(scores)
+    if hits:
+        best = max(hits)
+        above = sum(s > best for s in scores if s == s)
+        tied = sum(s == best for s in scores)
+        among = sum(s == best for s in hits)
+        for place in range(tied - among + 1):
+            chances[above + place] = comb(tied - place - 1, among - 1) / comb(tied, among)
+    return chances
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_retrieval_over_a_set_as_plain_loops_have_it(data: st.DataObject) -> None:
+    images, captions = data.draw(st.integers(3, 7)), data.draw(st.integers(1, 3))
+    level = st.sampled_from([-INF, 0.0, 1.0, 2.0, 3.0, NAN])
+    scores = np.array([[data.draw(level) for _ in range(images * captions)] for _ in range(images)])
+    positives = tuple((t // captions, t) for t in range(images * captions))
+    metrics = evaluate_scores([example(images, images * captions, *positives)], [scores], resamples=5)["metrics"]
+    for name, lines, rights in (
+        ("text", scores, [[t // captions == i for t in range(images * captions)] for i in range(images)]),
+        ("image", scores.T, [[t // captions == i for i in range(images)] for t in range(images * captions)]),
+    ):
+        firsts = [brute_first(list(line), right) for line, right in zip(lines, rights, strict=True)]
+        k = len(firsts[0])
+        expected = {f"recall@{n}": [sum(first[:n]) for first in firsts] for n in (1, 5, 10) if n == 1 or k > n}
+        expected["mrr"] = [sum(p / rank for rank, p in enumerate(first, 1)) for first in firsts]
+        expected["mean-rank"] = [sum(p * r for r, p in enumerate(f, 1)) if any(f) else float(k) for f in firsts]
+        for metric, values in expected.items():
+            assert metrics[f"{name}-{metric}"]["value"] == pytest.approx(np.mean(values))
+            assert metrics[f"{name}-{metric}"]["n"] == len(firsts)
+        assert ("recall@10" in expected) == (f"{name}-recall@10" in metrics)
+    assert metrics["accuracy"]["value"] == pytest.approx(np.mean(brute_wins(scores, positives)))
+    assert metrics["accuracy"]["n"] == images * (captions + 1)
+
+
+def test_the_interval_of_a_set_is_over_its_choices_and_of_sets_over_these() -> None:
+    scores = np.eye(4)
+    scores[0, 0] = -1  # one of four is not found
+    one = Example("one", ("i",) * 4, ("t",) * 4, tuple((k, k) for k in range(4)), ("all",))
+    alone = evaluate_scores([one], [scores])
+    assert alone["metrics"]["text-recall@1"]["low"] < alone["metrics"]["text-recall@1"]["high"]
+    assert alone["by_tag"]["all"]["accuracy"] == alone["metrics"]["accuracy"]
+    two = evaluate_scores([one, one], [scores, scores])["metrics"]
+    assert two["text-recall@1"]["n"] == 2
+    assert two["text-recall@1"]["value"] == two["text-recall@1"]["low"] == alone["metrics"]["text-recall@1"]["value"]
+
+
+# Credits, separation, calibration
+
+
+@given(st.lists(LEVELS, min_size=2, max_size=5), st.data())
+@settings(max_examples=100, deadline=None)
+def test_soft_accuracy_as_plain_loops_have_it(scores: list[float], data: st.DataObject) -> None:
+    worth = [data.draw(st.sampled_from([0.0, 0.3, 0.6, 1.0])) for _ in scores]
+    real = [s for s in scores if s == s]
+    best = [w for s, w in zip(scores, worth, strict=True) if real and s == max(real)]
+    expected = sum(best) / len(best) if best else 0.0
+    asked = example(1, len(scores))
+    credits: list[np.ndarray | None] = [np.array([worth]), None]
+    found = evaluate_scores([asked, asked], [np.array([scores])] * 2, credits=credits, resamples=1)
+    assert found["metrics"]["soft-accuracy"]["value"] == pytest.approx(expected)
+    assert found["metrics"]["soft-accuracy"]["n"] == 1
+
+
+def test_credits_must_fit() -> None:
+    with pytest.raises(ValueError, match="credits of shape"):
+        evaluate_scores([example(1, 2)], [np.zeros((1, 2))], credits=[np.zeros(2)])
+
+
+def brute_separation(tables: list[np.ndarray], positives: list[Any]) -> float:
+    pairs = [
+        (score, (i, t) in right)
+        for table, right in zip(tables, positives, strict=True)
+        for i, row in enumerate(table)
+        for t, score in enumerate(row)
+    ]
+    won = [
+        0.0 if a != a else 1.0 if b != b or a > b else 0.5 * (a == b)
+        for a, is_right in pairs
+        for b, other in pairs
+        if is_right and not other
+    ]
+    return sum(won) / len(won)
+
+
+@given(st.lists(tables(), min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_separation_as_plain_loops_have_it(cases: list[tuple[np.ndarray, tuple[tuple[int, int], ...]]]) -> None:
+    cases = [*cases, (np.array([[1.0, 0.0]]), ((0, 0),))]
+    examples = [example(*scores.shape, *right) for scores, right in cases]
+    metric = evaluate_scores(examples, [scores for scores, _ in cases], resamples=20)["metrics"]["roc-auc"]
+    assert metric["value"] == pytest.approx(brute_separation(*map(list, zip(*cases, strict=True))))
+    assert 0 <= metric["low"] <= metric["high"] <= 1
+    assert metric["n"] == len(cases)
+
+
+def test_the_interval_of_separation_is_that_of_resampling_examples() -> None:
+    rng = np.random.default_rng(20)
+    asked = example(1, 3)
+    tables = [np.array([[0.7, 0, 0]]) + rng.normal(size=(1, 3)) + rng.normal() for _ in range(40)]
+    metric = evaluate_scores([asked] * 40, tables)["metrics"]["roc-auc"]
+    drawn = [brute_separation([tables[i] for i in rng.integers(0, 40, 40)], [asked.positives] * 40) for _ in range(200)]
+    np.testing.assert_allclose([metric["low"], metric["high"]], np.percentile(drawn, [2.5, 97.5]), atol=0.04)
+    other = [table + 0.3 * rng.normal(size=(1, 3)) for table in tables]
+    paired = paired_separation(tables, other, [asked.positives] * 40)
+    apart = evaluate_scores([asked] * 40, other)["metrics"]["roc-auc"]
+    assert paired["value"] == pytest.approx(metric["value"] - apart["value"])
+    assert paired["high"] - paired["low"] < metric["high"] - metric["low"]
+    same = paired_separation(tables, tables, [asked.positives] * 40)
+    assert same == {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
+
+
+def test_many_pairs_are_resampled_less_often_and_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(21)
+    examples, tables = [example(1, 3)] * 50, list(rng.normal(size=(50, 1, 3)))
+    whole = evaluate_scores(examples, tables)["metrics"]["roc-auc"]
+    monkeypatch.setattr("dsd.metrics._CELLS", 1000)
+    assert evaluate_scores(examples, tables)["metrics"]["roc-auc"] == pytest.approx(whole, abs=0.02)
+    monkeypatch.setattr("dsd.metrics._WORK", 1000)
+    assert evaluate_scores(examples, tables)["metrics"]["roc-auc"] == pytest.approx(whole, abs=0.05)
+
+
+@given(st.lists(tables(), min_size=1, max_size=5), st.sampled_from([0.5, 3.0]))
+@settings(max_examples=100, deadline=None)
+def test_calibration_as_plain_loops_have_it(
+    cases: list[tuple[np.ndarray, tuple[tuple[int, int], ...]]], scale: float
+) -> None:
+    cases = [*cases, (np.array([[1.0, 0.0]]), ((0, 0),))]
+    sure, right = [], []
+    for scores, positives in cases:
+        lines = [(scores[:, t], [(i, t) in positives for i in range(len(scores))]) for t in range(scores.shape[1])]
+        lines += [(row, [(i, t) in positives for t in range(len(row))]) for i, row in enumerate(scores)]
+        for line, truth in lines:
+            if any(truth) and not all(truth):
+                logits = [-INF if s != s else scale * s for s in line]
+                top = max(logits)
+                sure.append(1 / sum(1.0 if v == top else np.exp(v - top) for v in logits))
+                right.append(brute_choice(list(line), truth))
+    examples = [example(*scores.shape, *positives) for scores, positives in cases]
+    found = evaluate_scores(examples, [scores for scores, _ in cases], scale=scale, resamples=20)["metrics"]["ece"]
+    assert found["value"] == pytest.approx(expected_calibration_error(sure, right))
+    assert found["n"] == len([wins(*case) for case in cases if len(wins(*case))])
+
+
+def test_the_interval_of_a_calibration_error_holds_it() -> None:
+    rng = np.random.default_rng(22)
+    logits = rng.normal(size=(300, 1, 2))
+    right = rng.random(300) < 1 / (1 + np.exp(logits[:, 0, 1] - logits[:, 0, 0]))
+    examples = [example(1, 2, (0, 0 if is_right else 1)) for is_right in right]
+    metric = evaluate_scores(examples, list(logits), scale=1.0)["metrics"]["ece"]
+    assert metric["low"] <= metric["value"] <= metric["high"] < 0.15
 
 
 def test_tags() -> None:
@@ -205,18 +372,65 @@ def test_tags() -> None:
         "a": (1, 1),
         "b": (0.5, 2),
     }
+    groups = [example(2, 2, (0, 0), (1, 1), tags=(tag,)) for tag in ("swap", "swap", "other")]
+    by_tag = evaluate_scores(groups, [np.eye(2), 1 - np.eye(2), np.eye(2)])["by_tag"]
+    assert {tag: (m["group"]["value"], m["text"]["n"]) for tag, m in by_tag.items()} == {
+        "swap": (0.5, 2),
+        "other": (1, 1),
+    }
 
 
 def test_a_matcher_that_knows_nothing_is_at_chance() -> None:
     rng = np.random.default_rng(3)
     for images, texts, chance in ((2, 1, 1 / 2), (1, 4, 1 / 4), (2, 2, 1 / 2)):
         positives = ((0, 0), (1, 1)) if images == texts else ((0, 0),)
-        examples = [example(images, texts, *positives) for _ in range(1500)]
-        metric = evaluate_scores(examples, list(rng.normal(size=(1500, images, texts))))["metrics"]["accuracy"]
+        examples = [example(images, texts, *positives) for _ in range(500)]
+        metric = evaluate_scores(examples, list(rng.normal(size=(500, images, texts))))["metrics"]["accuracy"]
         assert metric["low"] < chance < metric["high"]
-        constant = evaluate_scores(examples, [np.zeros((images, texts))] * 1500)
+        constant = evaluate_scores(examples, [np.zeros((images, texts))] * 500)
         assert constant["metrics"]["accuracy"]["value"] == pytest.approx(chance)
-        assert constant["ties"] == 1500 * len(wins(np.zeros((images, texts)), positives))
+        assert constant["ties"] == 500 * len(wins(np.zeros((images, texts)), positives))
+
+
+def test_random_scores_are_at_chance_on_every_metric() -> None:
+    rng = np.random.default_rng(1)
+
+    def check(examples: list[Example], expected: dict[str, float], **options: Any) -> None:
+        tables = [rng.normal(size=(len(e.images), len(e.texts))) for e in examples]
+        found = evaluate_scores(examples, tables, **options)["metrics"]
+        assert set(found) == set(expected)
+        for name, chance in expected.items():
+            assert found[name]["low"] <= chance <= found[name]["high"], name
+
+    check(
+        [example(1, 4)] * 600, {"accuracy": 1 / 4, "mrr": 25 / 48, "recall@1": 1 / 4, "mean-rank": 2.5, "roc-auc": 0.5}
+    )
+    group = example(2, 2, (0, 0), (1, 1))
+    check([group] * 600, {"accuracy": 0.5, "text": 1 / 4, "image": 1 / 4, "group": 1 / 6, "roc-auc": 0.5})
+    worth = np.linspace(0, 1, 12)[None]
+    ranks = {f"recall@{k}": k / 12 for k in (1, 5, 10)} | {"mrr": sum(1 / r for r in range(1, 13)) / 12}
+    check(
+        [example(1, 12)] * 600,
+        {"accuracy": 1 / 12, "mean-rank": 6.5, "soft-accuracy": 0.5, "roc-auc": 0.5, **ranks},
+        credits=[worth] * 600,
+    )
+    # five captions an image; how probable it is that none of them is among the first k of 200
+    rng = np.random.default_rng(2)  # the bootstrap knows no spread where nothing is found, as may well be at rank 1
+    whole = example(40, 200, *((t // 5, t) for t in range(200)))
+    missed = {k: comb(195, k) / comb(200, k) for k in range(200)}
+    check(
+        [whole],
+        {
+            "accuracy": (200 / 40 + 40 * 5 / 200) / 240,  # of 200 choices of images and 40 of texts
+            "roc-auc": 0.5,
+            **{f"image-recall@{k}": k / 40 for k in (1, 5, 10)},
+            "image-mrr": sum(1 / r for r in range(1, 41)) / 40,
+            "image-mean-rank": 20.5,
+            **{f"text-recall@{k}": 1 - missed[k] for k in (1, 5, 10)},
+            "text-mrr": sum((missed[r - 1] - missed.get(r, 0)) / r for r in range(1, 197)),
+            "text-mean-rank": 201 / 6,
+        },
+    )
 
 
 def test_the_interval_is_that_of_resampling_by_index() -> None:
@@ -314,6 +528,32 @@ def test_paired_difference() -> None:
     assert paired_difference(good, good) == {"value": 0.0, "low": 0.0, "high": 0.0, "p": 1.0}
     with pytest.raises(ValueError, match="same examples"):
         paired_difference(good, poor[:3])
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 5))
+@settings(max_examples=100, deadline=None)
+def test_mcnemar_as_counting_all_outcomes_has_it(only_a: int, only_b: int, both: int) -> None:
+    n = only_a + only_b
+    a = [True] * only_a + [False] * only_b + [True] * both
+    b = [False] * only_a + [True] * only_b + [True] * both
+    chance = [comb(n, k) / 2**n for k in range(n + 1)]
+    tail = sum(chance[: min(only_a, only_b) + 1])
+    assert mcnemar(a, b) == {
+        "only_a": only_a,
+        "only_b": only_b,
+        "p": pytest.approx(min(1, 2 * tail)),
+        "mid_p": pytest.approx(min(1, 2 * tail - chance[min(only_a, only_b)])),
+    }
+
+
+def test_mcnemar_of_many_and_of_none() -> None:
+    assert mcnemar([], []) == {"only_a": 0, "only_b": 0, "p": 1.0, "mid_p": 1.0}
+    rng = np.random.default_rng(23)
+    a, b = rng.random(200_000) < 0.5, rng.random(200_000) < 0.5
+    assert mcnemar(a, b)["p"] > 1e-3
+    assert mcnemar(a | (rng.random(200_000) < 0.2), b)["p"] < 1e-100
+    with pytest.raises(ValueError, match="same examples"):
+        mcnemar([True], [True, False])
 
 
 def test_p_values_of_equal_methods_are_spread_evenly() -> None:

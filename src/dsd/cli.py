@@ -7,15 +7,20 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from dsd.contracts import DsdError, OptionError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from dsd.contracts import Example
     from dsd.learn import FitConfig
     from dsd.matcher import Matcher
     from dsd.prompts import PromptConfig
+    from dsd.scores import ScoreConfig
+    from dsd.work import Cost
 
 # Written out, for the lists live in modules that import torch; a test keeps them equal.
 SCORE_KINDS = ("attention", "attention-mass", "denoising", "paper", "paper-attention")
@@ -36,6 +41,11 @@ WORLD_TASKS = ("comvg", "refcocog", "vqa", "winoground")
 LEVELS = ("easy", "standard", "hard")
 SPLITS = ("few-shot", "val", "test")
 SHOTS = (0, 4, 16, 64, 256)
+BY_TAG = ("accuracy", "text", "image", "group", "soft-accuracy")
+"""Metrics that tables have for each tag; JSON has all."""
+GAIN = "B less A [95 %]"
+LONG = 10
+"""Seconds from which on an evaluation's cost is told before."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,18 +112,37 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, metavar="DIR")
     export.add_argument("--format", choices=("lora",), default="lora", help="what is written (default: %(default)s)")
 
-    evaluate = add("eval", _eval, "Measure a matcher on labelled examples, with 95 %% intervals.")
+    evaluate = add("eval", _eval, "Measure a matcher on labelled examples, with confidence intervals.")
     evaluate.add_argument(
         "manifest",
         metavar="MANIFEST|TASK",
-        help=f"JSONL or CSV of examples, or a task of the world: {', '.join(WORLD_TASKS)}",
+        help=f"JSONL or CSV of examples, a task of the world ({', '.join(WORLD_TASKS)}), or with --data a benchmark",
     )
     evaluate.add_argument(
-        "--data", metavar="DIR", help="folder that image paths are relative to; default: the manifest's"
+        "--data", metavar="DIR", help="folder that image paths are relative to (default: the manifest's); a benchmark's"
     )
-    evaluate.add_argument("--out", metavar="FILE", help="also save the whole result, scores included, as JSON")
-    _world_options(evaluate)
+    evaluate.add_argument("--limit", type=int, metavar="N", help="N of the examples, drawn at random, always the same")
+    evaluate.add_argument(
+        "--out",
+        metavar="FILE.json|DIR",
+        help="also save the whole result, scores included; into a folder with the scores as Parquet too, and part by "
+        "part, so that the same command goes on where it was stopped",
+    )
+    group = evaluate.add_argument_group("few-shot")
+    group.add_argument("--shots", type=int, metavar="N", help="learn from N examples before measuring")
+    group.add_argument(
+        "--shot-seed", type=int, default=0, metavar="S", help="which examples, and how to learn (default: %(default)s)"
+    )
+    group.add_argument(
+        "--train", metavar="MANIFEST", help="examples to draw from; default for the world: its few-shot split"
+    )
+    _learning_options(evaluate)
+    _world_options(evaluate, benchmark=True)
     _model_options(evaluate)
+
+    compare = add("compare", _compare, "Compare two results on the same examples, paired example by example.")
+    for name in "ab":
+        compare.add_argument(name, metavar=name.upper(), help="what eval --out saved: a .json file or a folder")
 
     curve = add("curve", _curve, "Measure accuracy against the number of labelled examples, over several draws.")
     curve.add_argument(
@@ -218,9 +247,12 @@ def _model_options(command: argparse.ArgumentParser, adapter: bool = True) -> No
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
 
 
-def _world_options(command: argparse.ArgumentParser, split: bool = True) -> None:
+def _world_options(command: argparse.ArgumentParser, split: bool = True, benchmark: bool = False) -> None:
     group = command.add_argument_group("world")
-    if split:
+    if benchmark:
+        default = f"test, of {', '.join(SPLITS)}; of a benchmark its first"
+        group.add_argument("--split", metavar="S", help=f"default: {default}")
+    elif split:
         group.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
     group.add_argument("--level", choices=LEVELS, default="standard", help="default: %(default)s")
     what = "examples" if split else "held-out examples"
@@ -407,12 +439,35 @@ def _export(a: argparse.Namespace) -> None:
 
 
 def _eval(a: argparse.Namespace) -> None:
-    from dsd.evaluate import evaluate
+    from dsd.evaluate import SCORES, check_parquet, claim, dataset_checksum, evaluate
     from dsd.report import format_interval
 
-    examples = _examples(a)  # before the model, which may take long to load
-    result = evaluate(_matcher(a), examples, progress=_watched())
-    if a.out is not None:
+    folder = None if a.out is None or a.out.endswith(".json") else a.out
+    if folder is not None:
+        check_parquet()
+        if os.path.isfile(folder):
+            raise OptionError(f"got the file {folder} for --out, expected a folder, or a name that ends in .json")
+    examples, credits, source = _examples(a)  # before the model, which may take long to load
+    few = _few(a, examples)
+    matcher = _matcher(a)
+    request = _request(a, matcher, source, few)
+    if few is not None:
+        if folder is not None:
+            claim(folder, dataset_checksum(examples, credits), request)  # not after hours of learning
+        matcher = _taught(a, matcher, few, folder)
+    result = evaluate(
+        matcher,
+        examples,
+        progress=_watched(),
+        credits=credits,
+        scale=None if matcher.adapter is None else matcher.adapter.scale,
+        out=folder,
+        request=request,
+        announce=lambda cost: _announce(cost, matcher.score_config),
+    )
+    if folder is not None:
+        result.save_scores(os.path.join(folder, SCORES))
+    elif a.out is not None:
         result.save(a.out)
     if a.format == "json":
         values = result.to_dict()
@@ -421,22 +476,187 @@ def _eval(a: argparse.Namespace) -> None:
         return
     rows = [{"metric": name, "value [95 %]": format_interval(m), "n": m["n"]} for name, m in result.metrics.items()]
     rows += [
-        {"metric": f"accuracy, {tag}", "value [95 %]": format_interval(m["accuracy"]), "n": m["accuracy"]["n"]}
-        for tag, m in result.by_tag.items()
+        {"metric": f"{name}, {tag}", "value [95 %]": format_interval(m), "n": m["n"]}
+        for tag, found in result.by_tag.items()
+        for name, m in found.items()
+        if name in BY_TAG
     ]
     _print_table(rows, ("metric", "value [95 %]", "n"))
+    if result.ties or result.nans:
+        print(f"{result.ties} choices with a shared best score (each counts 1/k), {result.nans} scores that are NaN")
 
 
-def _examples(a: argparse.Namespace) -> list[Example]:
-    from dsd.tasks import read_manifest, world_task
+def _examples(a: argparse.Namespace) -> tuple[list[Example], list[np.ndarray | None] | None, dict[str, Any]]:
+    """Examples, their credits if they have some, and where they come from."""
+    from dsd.evaluate import subset
+    from dsd.tasks import BENCHMARKS, read_benchmark, read_manifest, world_task
 
-    if a.manifest in WORLD_TASKS and not os.path.exists(a.manifest):
-        if a.data is not None:
-            raise OptionError(
-                f"got --data with the world's {a.manifest}, expected a manifest; the world draws its own images"
-            )
-        return world_task(a.manifest, a.split, a.level, a.count, a.seed or 0, a.novel)
-    return read_manifest(a.manifest, root=a.data)
+    credit: dict[str, np.ndarray | None] = {}
+    source: dict[str, Any]
+    if os.path.isfile(a.manifest) or a.manifest not in (*WORLD_TASKS, *BENCHMARKS):
+        examples = read_manifest(a.manifest, root=a.data)
+        source = {"manifest": os.path.basename(a.manifest)}
+    elif a.data is not None and a.manifest in BENCHMARKS:
+        loaded = read_benchmark(a.manifest, a.data, a.split)
+        if loaded.left_out:
+            print(f"dsd eval: {loaded.report()}", file=sys.stderr)
+        examples = loaded.examples
+        credit = dict(zip((e.id for e in examples), loaded.credits or (), strict=False))
+        source = {"benchmark": loaded.name, "split": loaded.split}
+    elif a.manifest not in WORLD_TASKS:
+        raise OptionError(f"got the benchmark {a.manifest} without --data, expected the folder with its files")
+    elif a.data is not None:
+        raise OptionError(
+            f"got --data with the world's {a.manifest}, expected a manifest or a benchmark; the world draws its own "
+            "images"
+        )
+    else:
+        source = {"task": a.manifest, "split": a.split or "test", "level": a.level, "count": a.count}
+        source |= {"seed": a.seed or 0, "novel": a.novel}
+        examples = world_task(a.manifest, source["split"], a.level, a.count, source["seed"], a.novel)
+    if a.limit is not None:
+        examples, source["limit"] = subset(examples, a.limit), a.limit
+    return examples, [credit[e.id] for e in examples] if credit else None, source
+
+
+def _few(a: argparse.Namespace, examples: Sequence[Example]) -> list[Example] | None:
+    """The examples to learn from before measuring on others; None if that is not asked for."""
+    from dsd.evaluate import subset
+    from dsd.tasks import check_leakage, read_manifest, world_task
+
+    if a.shots is None:
+        if a.train is not None:
+            raise OptionError("got --train without --shots, expected how many examples to learn from")
+        return None
+    if a.adapter is not None:
+        raise OptionError("got --shots with --adapter, expected one of them: learn now, or use what was learned")
+    if a.shots == 0:
+        return None
+    if a.train is not None:
+        few = subset(read_manifest(a.train), a.shots, a.shot_seed)
+    elif a.manifest in WORLD_TASKS and a.data is None and not os.path.isfile(a.manifest):
+        few = world_task(a.manifest, "few-shot", a.level, a.shots, a.shot_seed, a.novel)
+    else:
+        raise OptionError(f"got --shots with {a.manifest}, expected --train too, a manifest of examples to learn from")
+    check_leakage(few, examples)
+    return few
+
+
+def _request(
+    a: argparse.Namespace, matcher: Matcher, source: Mapping[str, Any], few: Sequence[Example] | None
+) -> dict[str, Any]:
+    """What decides the scores besides the examples, and where these come from."""
+    from dsd.adapters import fingerprint
+    from dsd.evaluate import dataset_checksum
+
+    learned = None
+    if few is not None:
+        config, prompt = _lesson(a)
+        learned = {
+            "shots": len(few),
+            "seed": a.shot_seed,
+            "dataset": dataset_checksum(few),
+            "fit": asdict(replace(config, seed=a.shot_seed)),
+            "prompt": asdict(prompt),
+        }
+    return {
+        "source": source,
+        "config": dict(matcher.config),
+        "base": fingerprint(matcher.backbone),
+        "device": str(matcher.backbone.device),
+        "adapter": None if a.adapter is None else _digest(a.adapter),
+        "few_shot": learned,
+    }
+
+
+def _taught(a: argparse.Namespace, matcher: Matcher, few: Sequence[Example], folder: str | None) -> Matcher:
+    """The matcher with what it learns from a few examples, which the folder may hold already."""
+    out = None if folder is None else os.path.join(folder, "adapter")
+    if out is not None and os.path.exists(out):
+        bare = dict.fromkeys(("score", "timesteps", "steps", "layers", "seed", "size"))  # the adapter brings its own
+        return _matcher(argparse.Namespace(**{**vars(a), **bare, "adapter": out}))
+    config, prompt = _lesson(a)
+    matcher.fit(
+        few,
+        config=replace(config, seed=a.shot_seed),
+        prompt=prompt,
+        checkpoint=None if out is None else f"{out}.checkpoint",
+        resume=True,
+        progress=_watched(),
+    )
+    if out is not None:
+        matcher.save_pretrained(out)
+    return matcher
+
+
+def _digest(path: str) -> str:
+    """32 hex digits over a file, or over the files of a folder."""
+    from hashlib import blake2b
+    from pathlib import Path
+
+    digest = blake2b(digest_size=16)
+    for file in sorted(Path(path).iterdir()) if os.path.isdir(path) else [Path(path)]:
+        if file.is_file():
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _announce(cost: Cost, score: ScoreConfig) -> None:
+    """Says what a long evaluation will cost."""
+    from dsd.scores import SCORES, WEIGHTED
+
+    if cost.seconds < LONG:
+        return
+    steps = len(score.timesteps)
+    # the empty caption's passes are shared by all captions of an image
+    empty = score.kind == WEIGHTED or any(SCORES[kind].empty for kind in score.weights or (score.kind,))
+    passes = steps * (cost.pairs + (cost.images if empty else 0))
+    unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if cost.seconds >= s), ("s", 1))
+    time = f"{cost.seconds / size:,.{0 if cost.seconds >= 10 * size else 1}f} {unit}"
+    done = f"{cost.done:,} of {cost.done + cost.pairs:,} pairs are done; left are "
+    print(
+        f"dsd eval: {done}{cost.images:,} images and {cost.texts:,} texts to encode and about {passes:,} denoiser "
+        f"passes, about {time} judging by {cost.measured} pairs",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from dsd.evaluate import Result, compare
+
+    found = compare(Result.load(a.a), Result.load(a.b))
+    if a.format == "json":
+        _print_json({"a": a.a, "b": a.b, **found.to_dict()})
+        return
+
+    def row(name: str, of: Mapping[str, Any], tag: str) -> dict[str, Any]:
+        change = of["difference"]
+        told = {} if change is None else {"p": f"{change['p']:.3g}"}
+        told |= {} if change is None else {GAIN: "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**change)}
+        return {"metric": f"{name}, {tag}" if tag else name, "A": of["a"], "B": of["b"], **told}
+
+    def verdict(of: Mapping[str, Any]) -> str:
+        return "right in B alone {only_b}, in A alone {only_a}, of {n}; p = {p:.3g}, mid-p = {mid_p:.3g}".format(**of)
+
+    print(f"A: {a.a}\nB: {a.b}\n")
+    rows = [row(name, of, "") for name, of in found.metrics.items()]
+    rows += [
+        row(name, of, tag)
+        for tag, inside in found.by_tag.items()
+        for name, of in inside["metrics"].items()
+        if name in BY_TAG
+    ]
+    _print_table(rows, ("metric", "A", "B", GAIN, "p"))
+    print("\np: paired bootstrap. McNemar's exact test, where an example is right if all its choices are won:")
+    _print(
+        "\n".join(
+            [f"- {verdict(found.mcnemar)}", *(f"- {tag}: {verdict(of['mcnemar'])}" for tag, of in found.by_tag.items())]
+        )
+    )
+    if found.disagreements:
+        print(f"\nThey differ on {found.disagreeing} examples, most on:")
+        _print_table([{"id": d.id, "A": d.a, "B": d.b} for d in found.disagreements], ("id", "A", "B"))
 
 
 def _curve(a: argparse.Namespace) -> None:

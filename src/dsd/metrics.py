@@ -1,26 +1,64 @@
-"""What scores are worth: accuracy, ranks and group scores, each with a bootstrap interval. NumPy only.
+"""What scores are worth: accuracy, ranks, group scores, calibration, with bootstrap intervals. NumPy and SciPy only.
 
 A *choice* asks which candidates belong to one text (among two or more images) or to one image (among two or more
 texts). Higher scores are better. Ties are never wins: where k candidates share the best score and p of them are
 right, the choice counts p/k. NaN is worse than any number, and a NaN candidate never wins.
+
+A *set* is an example of more than two images and more than two texts, such as all those of a retrieval benchmark.
+Intervals are over examples, or over the choices of a set that is the only example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+from scipy.special import bdtr
 
 from dsd.contracts import Example, ManifestError
 
 Positives = Sequence[tuple[int, int]]
 
 _GROUP = {(0, 0), (1, 1)}
+_RECALLS = (1, 5, 10)
 _BINS = 10
 """Of probabilities; for a few hundred predictions, such as few-shot learning has to judge by."""
 _CELLS = 4_000_000
 """Most numbers drawn at once in a bootstrap (32 MB)."""
+_WORK = 100_000_000
+"""Most pairs times bootstrap samples for which a statistic of pairs is computed (seconds)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """Candidates for one text or one image.
+
+    Attributes:
+        kind: What is chosen, ``image`` or ``text``.
+        given: The index of the text that images are chosen for, or of the image that texts are.
+        scores: Of the candidates, (k,) float.
+        right: Which of them are, (k,) bool.
+    """
+
+    kind: str
+    given: int
+    scores: np.ndarray
+    right: np.ndarray
+
+
+def choices(scores: np.ndarray, positives: Positives) -> Iterator[Choice]:
+    """The choices of one example: those of images in the order of the texts, then those of texts in that of the images.
+
+    Arguments and errors are those of :func:`wins`. Where nothing or everything matches there is no choice.
+    """
+    table, right = np.asarray(scores, float), _truth(scores, positives)
+    # a single candidate is either all or nothing too
+    for kind, lines, truths in (("image", table.T, right.T), ("text", table, right)):
+        for i, (line, truth) in enumerate(zip(lines, truths, strict=True)):
+            if truth.any() and not truth.all():
+                yield Choice(kind, i, line, truth)
 
 
 def wins(scores: np.ndarray, positives: Positives) -> np.ndarray:
@@ -31,13 +69,12 @@ def wins(scores: np.ndarray, positives: Positives) -> np.ndarray:
         positives: (image, text) pairs that match.
 
     Returns:
-        (n_choices,) float in 0..1: image choices in the order of the texts, then text choices in the order of the
-        images. Where nothing or everything matches there is no choice.
+        (n_choices,) float in 0..1, in the order of :func:`choices`.
 
     Raises:
         ValueError: ``scores`` is no matrix.
     """
-    return np.array([_first_hit(row, right)[0] for row, right in _choices(scores, positives)], float)
+    return np.array([_first_hit(c.scores, c.right)[0] for c in choices(scores, positives)], float)
 
 
 def outcomes(examples: Sequence[Example], score_matrices: Sequence[np.ndarray]) -> np.ndarray:
@@ -55,56 +92,117 @@ def outcomes(examples: Sequence[Example], score_matrices: Sequence[np.ndarray]) 
 
 
 def evaluate_scores(
-    examples: Sequence[Example], score_matrices: Sequence[np.ndarray], *, seed: int = 0, resamples: int = 2000
+    examples: Sequence[Example],
+    score_matrices: Sequence[np.ndarray],
+    *,
+    credits: Sequence[np.ndarray | None] | None = None,
+    scale: float | None = None,
+    seed: int = 0,
+    resamples: int = 2000,
 ) -> dict[str, Any]:
-    """Every metric that fits the examples, with 95 % bootstrap intervals over examples.
+    """Every metric that fits the examples, with 95 % bootstrap intervals.
 
     - ``accuracy``: mean over examples of the share of choices won. An example without a choice (one image and one
       text, or all pairs matching) says nothing about a ranking and is left out, of ``n`` too.
     - ``text``, ``image``, ``group``: Winoground's, for 2 x 2 examples with positives (0, 0) and (1, 1): the right
       text beats the other for both images, the right image for both texts, both. Strictly: ties are lost.
-    - ``mrr``, ``recall@1``, ``recall@5``: for one image among more than two texts or one text among more than two
-      images (``recall@5``: more than five), of the first right candidate; expected values under random tie breaks.
+    - ``recall@1``, ``recall@5``, ``recall@10``, ``mrr``, ``mean-rank``: for one image among more than two texts or one
+      text among more than two images (``recall@5``: more than five, ``recall@10``: more than ten), of the first right
+      candidate; expected values under random tie breaks. The rank is 1 or more; where every right candidate is NaN it
+      is the last, and the others are 0.
+    - ``text-recall@1``, ``image-recall@1`` and so on: the same of a set, of texts for each image and of images for
+      each text; captions of the same image are all right.
+    - ``soft-accuracy``: the mean credit of the best candidate, where ``credits`` are given; ties share.
+    - ``roc-auc``: how probable it is that a matching pair of any example outscores one that does not match (ties half).
+    - ``ece``: the expected calibration error of ``softmax(scale * scores)`` over each choice, where ``scale`` is given.
 
     Args:
         examples: n examples.
         score_matrices: For each, (n_images, n_texts) float.
+        credits: For each, (n_images, n_texts) float in 0..1, how right a pair is, such as VQA's share of people who
+            gave that answer; None where there is no such thing.
+        scale: Turns score differences into log-odds.
         seed: Of the resampling.
-        resamples: Bootstrap samples.
+        resamples: Bootstrap samples; fewer for ``roc-auc`` of more than 50,000 pairs.
 
     Returns:
-        ``{"metrics": {name: {"value", "low", "high", "n"}}, "by_tag": {tag: {"accuracy": {...}}}, "ties": count}``;
-        ``ties`` counts choices whose best score is shared.
+        ``{"metrics": {name: {"value", "low", "high", "n"}}, "by_tag": {tag: {name: {...}}}, "ties": count, "nans":
+        count}``; ``n`` counts examples, or the choices of a set that is the only one (for ``roc-auc`` its images).
+        ``by_tag`` has the metrics that are means over examples. ``ties`` counts choices whose best score is shared,
+        ``nans`` scores that are NaN.
 
     Raises:
         ManifestError: No example holds a choice.
         ValueError: The matrices do not fit the examples.
     """
-    shares = outcomes(examples, score_matrices)
-    chosen = ~np.isnan(shares)
-    if not chosen.any():
+    _check(examples, score_matrices)
+    positives = [example.positives for example in examples]
+    values = samples(score_matrices, positives, credits)
+    if "accuracy" not in values:
         raise ManifestError(
             f"got {len(examples)} examples without a choice, expected images or texts of which only some match; "
             "add candidates that do not match"
         )
 
-    def interval(values: Sequence[float] | np.ndarray) -> dict[str, float | int]:
-        value, low, high = bootstrap_interval(values, seed, resamples)
-        return {"value": value, "low": low, "high": high, "n": len(values)}
+    def interval(sample: np.ndarray) -> dict[str, float | int]:
+        known = sample[~np.isnan(sample)]
+        value, low, high = bootstrap_interval(known, seed, resamples)
+        return {"value": value, "low": low, "high": high, "n": len(known)}
 
-    samples: dict[str, list[float]] = {}
-    ties = 0
-    for example, scores in zip(examples, score_matrices, strict=True):
-        for name, value in _extra(example, scores):
-            samples.setdefault(name, []).append(value)
-        ties += sum(int(_tied(row)) for row, _ in _choices(scores, example.positives))
-    tags = sorted({tag for example in examples for tag in example.tags})
-    members = {tag: chosen & np.array([tag in example.tags for example in examples]) for tag in tags}
+    statistics: dict[str, _Statistic] = {"roc-auc": _Separation(score_matrices, positives)}
+    if scale is not None:
+        statistics["ece"] = _Calibration(score_matrices, positives, scale)
+    members = tagged([example.tags for example in examples], len(values["accuracy"]))
+    lines = [
+        choice.scores
+        for table, right in zip(score_matrices, positives, strict=True)
+        for choice in choices(table, right)
+    ]
     return {
-        "metrics": {"accuracy": interval(shares[chosen])} | {name: interval(v) for name, v in samples.items()},
-        "by_tag": {tag: {"accuracy": interval(shares[of])} for tag, of in members.items() if of.any()},
-        "ties": ties,
+        "metrics": {name: interval(sample) for name, sample in values.items()}
+        | {name: _interval(statistic, seed, resamples) for name, statistic in statistics.items()},
+        "by_tag": {
+            tag: {name: interval(sample[of]) for name, sample in values.items() if not np.isnan(sample[of]).all()}
+            for tag, of in members.items()
+            if not np.isnan(values["accuracy"][of]).all()
+        },
+        "ties": sum(int(_tied(line)) for line in lines),
+        "nans": sum(int(np.isnan(table).sum()) for table in score_matrices),
     }
+
+
+def samples(
+    score_matrices: Sequence[np.ndarray],
+    positives: Sequence[Positives],
+    credits: Sequence[np.ndarray | None] | None = None,
+) -> dict[str, np.ndarray]:
+    """What the metrics that are means are means of: by name (n,) float, NaN where a metric says nothing.
+
+    There is one number for each example or, if the only example is a set, for each of its choices. Metrics and
+    arguments are those of :func:`evaluate_scores`.
+    """
+    rows: list[dict[str, float]] = []
+    for i, (table, right) in enumerate(zip(score_matrices, positives, strict=True)):
+        found = list(_of_choices(table, right, None if credits is None else credits[i]))
+        if len(score_matrices) == 1 and _is_set(table):
+            rows = found
+            break
+        names = dict.fromkeys(name for values in found for name in values)
+        means = {name: float(np.mean([values[name] for values in found if name in values])) for name in names}
+        rows.append(means | _of_group(table, right))
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
+
+
+def tagged(tags: Sequence[Sequence[str]], count: int) -> dict[str, np.ndarray]:
+    """Which of ``count`` numbers of :func:`samples` are of each tag, in alphabetical order: (count,) bool.
+
+    Args:
+        tags: Of each example.
+        count: As many as there are examples; or any number, of a single example.
+    """
+    owners = range(count) if len(tags) == count else [0] * count
+    return {tag: np.array([tag in tags[i] for i in owners]) for tag in sorted({tag for of in tags for tag in of})}
 
 
 def bootstrap_interval(
@@ -169,12 +267,42 @@ def paired_difference(
     if first.shape != second.shape:
         raise ValueError(f"got {len(first)} and {len(second)} outcomes, expected the same examples in both")
     differences = first - second
-    means = _resampled_means(differences, seed, resamples)
-    value = float(differences.mean())
-    low, high = np.percentile(means, [2.5, 97.5])
-    # the slack takes rounding for a tie, so that equal methods get p = 1
-    extreme = np.count_nonzero(np.abs(means - value) >= abs(value) - 1e-12)
-    return {"value": value, "low": float(low), "high": float(high), "p": (1 + extreme) / (1 + resamples)}
+    return _difference(float(differences.mean()), _resampled_means(differences, seed, resamples))
+
+
+def paired_separation(
+    a: Sequence[np.ndarray],
+    b: Sequence[np.ndarray],
+    positives: Sequence[Positives],
+    seed: int = 0,
+    resamples: int = 2000,
+) -> dict[str, float]:
+    """As :func:`paired_difference`, of ``roc-auc``: ``a`` and ``b`` are scores of the same n examples, each
+    (n_images, n_texts) float, which are resampled together."""
+    both = [_Separation(tables, positives) for tables in (a, b)]
+    first, second = (_resampled(statistic, seed, resamples) for statistic in both)
+    return _difference(_of_all(both[0]) - _of_all(both[1]), first - second)
+
+
+def mcnemar(a: Sequence[bool] | np.ndarray, b: Sequence[bool] | np.ndarray) -> dict[str, float]:
+    """McNemar's test of two methods on the same examples, from whether each was right: (n,) bool both.
+
+    Returns:
+        ``only_a`` and ``only_b``, the numbers of examples that one alone got right; the two-sided ``p`` of the exact
+        binomial test that either is as probable, and ``mid_p``, which counts the outcome itself half: the exact test
+        errs on the safe side, this one hardly does (Fagerland et al. 2013).
+
+    Raises:
+        ValueError: The lengths differ.
+    """
+    first, second = np.asarray(a, bool), np.asarray(b, bool)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"got outcomes of shapes {first.shape} and {second.shape}, expected the same examples in both")
+    only_a, only_b = int((first & ~second).sum()), int((second & ~first).sum())
+    fewer, n = min(only_a, only_b), only_a + only_b
+    below = float(bdtr(fewer - 1, n, 0.5)) if fewer else 0.0
+    upto = float(bdtr(fewer, n, 0.5))
+    return {"only_a": only_a, "only_b": only_b, "p": min(1.0, 2 * upto), "mid_p": min(1.0, below + upto)}
 
 
 def reliability(
@@ -228,21 +356,18 @@ def _check(examples: Sequence[Example], score_matrices: Sequence[np.ndarray]) ->
             raise ValueError(f"example {example.id!r}: got scores of shape {np.shape(scores)}, expected {expected}")
 
 
-def _choices(scores: np.ndarray, positives: Positives) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Candidates' scores and which of them are right, (k,) float and (k,) bool, for each choice."""
-    table = np.asarray(scores, float)
-    if table.ndim != 2:
-        raise ValueError(f"got scores of shape {table.shape}, expected (n_images, n_texts)")
-    right = np.zeros(table.shape, bool)
+def _truth(scores: np.ndarray, positives: Positives) -> np.ndarray:
+    """Which pairs match: (n_images, n_texts) bool."""
+    if np.ndim(scores) != 2:
+        raise ValueError(f"got scores of shape {np.shape(scores)}, expected (n_images, n_texts)")
+    right = np.zeros(np.shape(scores), bool)
     for image, text in positives:
         right[image, text] = True
-    # a single candidate is either all or nothing too
-    for of_text, truth in zip(table.T, right.T, strict=True):
-        if truth.any() and not truth.all():
-            yield of_text, truth
-    for of_image, truth in zip(table, right, strict=True):
-        if truth.any() and not truth.all():
-            yield of_image, truth
+    return right
+
+
+def _is_set(scores: np.ndarray) -> bool:
+    return all(side > 2 for side in np.shape(scores))
 
 
 def _tied(scores: np.ndarray) -> bool:
@@ -263,10 +388,8 @@ def _first_hit(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     above, tied = int(np.count_nonzero(scores > best)), int(np.count_nonzero(scores == best))
     among = int(np.count_nonzero(hits == best))
     # drawing the tied ones without replacement
-    missed = 1.0
-    for drawn in range(tied - among + 1):
-        ranks[above + drawn] = missed * among / (tied - drawn)
-        missed *= 1 - among / (tied - drawn)
+    hit = among / np.arange(tied, among - 1, -1)
+    ranks[above : above + len(hit)] = hit * np.cumprod([1.0, *(1 - hit[:-1])])
     return ranks
 
 
@@ -274,21 +397,138 @@ def _beats(a: float, b: float) -> bool:
     return a > b or bool(np.isnan(b) and not np.isnan(a))
 
 
-def _extra(example: Example, scores: np.ndarray) -> Iterator[tuple[str, float]]:
-    """The metrics of one example besides its accuracy."""
-    n_images, n_texts = scores.shape
-    if (n_images, n_texts) == (2, 2) and set(example.positives) == _GROUP:
-        (s00, s01), (s10, s11) = scores
-        text = _beats(s00, s01) and _beats(s11, s10)
-        image = _beats(s00, s10) and _beats(s11, s01)
-        yield from (("text", float(text)), ("image", float(image)), ("group", float(text and image)))
-    if min(n_images, n_texts) == 1 and max(n_images, n_texts) > 2:
-        for row, right in _choices(scores, example.positives):
-            first = _first_hit(row, right)
-            yield "mrr", float((first / np.arange(1, len(first) + 1)).sum())
-            yield "recall@1", float(first[0])
-            if len(first) > 5:
-                yield "recall@5", float(first[:5].sum())
+def _of_choices(scores: np.ndarray, positives: Positives, credits: np.ndarray | None) -> Iterator[dict[str, float]]:
+    """The metrics of each choice."""
+    n_images, n_texts = np.shape(scores)
+    ranked = _is_set(scores) or (min(n_images, n_texts) == 1 and max(n_images, n_texts) > 2)
+    if credits is not None and np.shape(credits) != (n_images, n_texts):
+        raise ValueError(f"got credits of shape {np.shape(credits)}, expected {(n_images, n_texts)} as of the scores")
+    worths = [] if credits is None else [choice.scores for choice in choices(credits, positives)]
+    for i, choice in enumerate(choices(scores, positives)):
+        line, first = choice.scores, _first_hit(choice.scores, choice.right)
+        values = {"accuracy": float(first[0])}
+        if ranked:
+            prefix = f"{choice.kind}-" if _is_set(scores) else ""
+            places = np.arange(1, len(first) + 1)
+            values |= {f"{prefix}recall@{k}": float(first[:k].sum()) for k in _RECALLS if k == 1 or len(first) > k}
+            values[f"{prefix}mrr"] = float((first / places).sum())
+            values[f"{prefix}mean-rank"] = float((first * places).sum()) if first.any() else float(len(first))
+        if worths:
+            best = ~np.isnan(line) & (line == np.max(line, initial=-np.inf, where=~np.isnan(line)))
+            values["soft-accuracy"] = float(worths[i][best].mean()) if best.any() else 0.0
+        yield values
+
+
+def _of_group(scores: np.ndarray, positives: Positives) -> dict[str, float]:
+    """The metrics of a Winoground group; none of another example."""
+    if np.shape(scores) != (2, 2) or set(positives) != _GROUP:
+        return {}
+    (s00, s01), (s10, s11) = scores
+    text = _beats(s00, s01) and _beats(s11, s10)
+    image = _beats(s00, s10) and _beats(s11, s01)
+    return {"text": float(text), "image": float(image), "group": float(text and image)}
+
+
+class _Statistic(Protocol):
+    """A metric that is no mean over examples: how often each of ``units`` counts, (b, units) => its values, (b,)."""
+
+    units: int
+    size: int
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray: ...
+
+
+class _Separation:
+    """The area under the ROC curve over all pairs; units are examples, or the images of a set that is the only one.
+
+    A right pair that is NaN loses to every wrong one, and a wrong one to every right one that is a number.
+    """
+
+    def __init__(self, score_matrices: Sequence[np.ndarray], positives: Sequence[Positives]) -> None:
+        scores = np.concatenate([np.ravel(table) for table in score_matrices]).astype(float)
+        right = np.concatenate([_truth(*both).ravel() for both in zip(score_matrices, positives, strict=True)])
+        if len(score_matrices) == 1 and _is_set(score_matrices[0]):
+            unit = np.repeat(np.arange(len(score_matrices[0])), np.shape(score_matrices[0])[1])
+        else:
+            unit = np.repeat(np.arange(len(score_matrices)), [np.size(table) for table in score_matrices])
+        wrong = scores[~right]
+        order = np.lexsort((wrong, ~np.isnan(wrong)))  # NaN first
+        missing = int(np.isnan(wrong).sum())
+        rivals, mine = wrong[order][missing:], scores[right]
+        self.units, self.size = int(unit[-1]) + 1, len(scores)
+        self._right, self._wrong = unit[right], unit[~right][order]
+        # of the wrong ones in order, how many lie below each right one, and how many not above it
+        self._below, self._upto = (
+            np.where(np.isnan(mine), 0, missing + np.searchsorted(rivals, mine, side)) for side in ("left", "right")
+        )
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        beaten = np.pad(np.cumsum(counts[:, self._wrong], 1, float), ((0, 0), (1, 0)))
+        weights = counts[:, self._right]
+        won = (weights * (beaten[:, self._below] + beaten[:, self._upto])).sum(1) / 2
+        with np.errstate(invalid="ignore"):  # a sample may hold no right or no wrong pair
+            found: np.ndarray = won / (weights.sum(1) * beaten[:, -1])
+        return found
+
+
+class _Calibration:
+    """The expected calibration error over all choices; units are those of :func:`samples` that hold a choice."""
+
+    def __init__(self, score_matrices: Sequence[np.ndarray], positives: Sequence[Positives], scale: float) -> None:
+        gaps: list[np.ndarray] = []
+        sizes: list[int] = []
+        for table, right in zip(score_matrices, positives, strict=True):
+            found = [_gap(choice.scores, choice.right, scale) for choice in choices(table, right)]
+            if len(score_matrices) == 1 and _is_set(table):
+                gaps, sizes = found, [1] * len(found)
+            elif found:
+                gaps.append(np.sum(found, axis=0))
+                sizes.append(len(found))
+        self._gaps, self._sizes = np.array(gaps), np.array(sizes)
+        self.units = self.size = len(gaps)
+
+    def __call__(self, counts: np.ndarray) -> np.ndarray:
+        found: np.ndarray = np.abs(counts @ self._gaps).sum(1) / (counts @ self._sizes)
+        return found
+
+
+def _gap(scores: np.ndarray, right: np.ndarray, scale: float) -> np.ndarray:
+    """How much surer a choice is than it is right, in the bin of how sure it is: (bins,) float, 0 elsewhere."""
+    logits = np.where(np.isnan(scores), -np.inf, scale * scores)
+    tied = logits == logits.max()
+    sure = 1 / np.exp(np.where(tied, 0, logits - np.where(tied, 0, logits.max()))).sum()
+    gap = np.zeros(_BINS)
+    gap[min(int(sure * _BINS), _BINS - 1)] = sure - _first_hit(scores, right)[0]
+    return gap
+
+
+def _of_all(statistic: _Statistic) -> float:
+    return float(statistic(np.ones((1, statistic.units)))[0])
+
+
+def _interval(statistic: _Statistic, seed: int, resamples: int) -> dict[str, float | int]:
+    value, draws = _of_all(statistic), _resampled(statistic, seed, resamples)
+    # what is no mean is biased by resampling, a calibration error upwards, for chance gaps grow
+    low, high = np.clip(np.nanpercentile(draws - np.nanmean(draws) + value, [2.5, 97.5]), 0, 1)
+    return {"value": value, "low": float(low), "high": float(high), "n": statistic.units}
+
+
+def _resampled(statistic: _Statistic, seed: int, resamples: int) -> np.ndarray:
+    """The statistic of samples drawn from its units with replacement: (b,) float, b at most ``resamples``."""
+    resamples = min(resamples, max(200, _WORK // statistic.size))
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CELLS // statistic.size)
+    share = np.full(statistic.units, 1 / statistic.units)
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    return np.concatenate([statistic(rng.multinomial(statistic.units, share, size=size)) for size in sizes])
+
+
+def _difference(value: float, draws: np.ndarray) -> dict[str, float]:
+    """A difference with what came of resampling it, (b,) float, as :func:`paired_difference` gives it."""
+    low, high = np.nanpercentile(draws, [2.5, 97.5])
+    # the slack takes rounding for a tie, so that equal methods get p = 1
+    extreme = np.count_nonzero(np.abs(draws - value) >= abs(value) - 1e-12)
+    return {"value": value, "low": float(low), "high": float(high), "p": (1 + extreme) / (1 + len(draws))}
 
 
 def _finite(values: Sequence[float] | np.ndarray) -> np.ndarray:
