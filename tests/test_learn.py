@@ -211,9 +211,9 @@ def write(folder: Path, examples: Sequence[Example]) -> Path:
 @pytest.mark.slow
 def test_two_processes_learn_what_one_does(pipe: Pipe, tmp_path: Path) -> None:
     """As `accelerate launch` starts them, on the CPU; an odd batch, so that one has more to do."""
-    manifest = write(tmp_path, toy(10))
+    manifest = write(tmp_path, toy(15))
     dsd = [str(Path(sys.executable).with_name("dsd")), "fit", str(manifest), "--model", pipe(), "--device", "cpu"]
-    dsd += ["--score", "attention", "--timesteps", "20,100", "--learning-rate", "0.03", "--max-steps", "12"]
+    dsd += ["--score", "attention", "--timesteps", "20,100", "--learning-rate", "0.03", "--max-steps", "20"]
     dsd += ["--folds", "2", "--method", "prompt+tokens", "--format", "json", "--log", str(tmp_path / "log.jsonl")]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision"]
     launch += ["no", "--dynamo_backend", "no", "--num_processes", "2"]
@@ -230,7 +230,7 @@ def test_two_processes_learn_what_one_does(pipe: Pipe, tmp_path: Path) -> None:
     assert two["kept"]
     assert gap(first, second) < 1e-4
     assert [p["loss"] for p in one["curve"]] == pytest.approx([p["loss"] for p in two["curve"]], abs=1e-4)
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 * 12
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 * 20
     assert not list(tmp_path.glob("*.checkpoint"))
 
 
