@@ -14,32 +14,19 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
-from dsd import Example
 from dsd.adapt import fit
 from dsd.backbone import load_backbone
 from dsd.learn import FitConfig
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
+from models import toy
 
 CONFIG = FitConfig(
     method="prompt+tokens+heads", steps=8, batch=3, check_every=2, folds=2, learning_rate=0.05, jitter=10, patience=9
 )
-
-
-def examples() -> list[Example]:
-    """Red and blue pictures, by turns."""
-    rng = np.random.default_rng(0)
-    made = []
-    for i in range(8):
-        pixels = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
-        pixels[..., 2 * (i % 2)] += 180
-        made.append(Example(f"{i}", (Image.fromarray(pixels),), ("a red square", "a blue square"), ((0, i % 2),)))
-    return made
 
 
 def lesson(model: str, folder: Path) -> None:
@@ -49,7 +36,7 @@ def lesson(model: str, folder: Path) -> None:
     scorer = Scorer(load_backbone(model), ScoreConfig("attention", (20, 100)))
     fit(
         scorer,
-        examples(),
+        toy(8),
         config=CONFIG,
         prompt=PromptConfig(rank=2, tokens=2),
         checkpoint=folder / "fit.checkpoint",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dsd import adapt, learn
-from dsd.learn import Judged, Jury, Team
+from dsd.jury import Judged, Jury
+from dsd.learn import Team
 from dsd.scorer import Scorer
 
 

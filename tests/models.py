@@ -20,11 +20,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from dsd import prompts
 from dsd.adapters import Adapter, fingerprint
 from dsd.backbone import load_backbone
+from dsd.contracts import Example
 from dsd.prompts import PromptConfig
 from dsd.scores import ScoreConfig
 
 WORDS = "a red blue green circle square left of right above the and dog cat".split()
 """Words that are one token each; others fall into bytes."""
+COLOURS = ("a red square", "a blue square")
+"""Captions of :func:`toy`."""
 PIXELS = 16
 """A side of the pictures that the pipelines are made for: 8 x 8 latents."""
 SCALE = 4.0
@@ -146,3 +149,15 @@ def save_adapter(folder: Path, model: str, **values: Any) -> Path:
     state = {n: 0.3 * torch.randn(p.shape, generator=g) for n, p in prompts.parameters(backbone.denoiser).items()}
     made = Adapter(base, ScoreConfig("attention", (50, 450)), config, state, PIXELS, {}, 2.5)
     return replace(made, **values).save(folder)
+
+
+def toy(count: int, seed: int = 0, shuffled: bool = False) -> list[Example]:
+    """Red and blue pictures by turns, and which caption is right; or labels that have nothing to do with colours."""
+    rng = np.random.default_rng(seed)
+    examples = []
+    for i in range(count):
+        pixels = rng.integers(0, 60, (PIXELS, PIXELS, 3)).astype(np.uint8)
+        pixels[..., 2 * (i % 2)] += 180
+        right = i // 2 % 2 if shuffled else i % 2
+        examples.append(Example(f"{seed}-{i}", (Image.fromarray(pixels),), COLOURS, ((0, right),)))
+    return examples

@@ -28,6 +28,7 @@ from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
 from looks import looks_as
+from models import COLOURS, toy
 
 Pipe = Callable[..., str]
 SCORE = ScoreConfig("attention", (20, 100))
@@ -35,19 +36,6 @@ LEARN = FitConfig(steps=20, batch=6, check_every=4, learning_rate=3e-2, jitter=1
 QUICK = FitConfig(steps=5, batch=2, check_every=2, jitter=10)
 PROMPT = PromptConfig(rank=2, attention="cross")
 LESSON = PromptConfig(rank=4)
-TEXTS = ("a red square", "a blue square")
-
-
-def toy(count: int, seed: int, shuffled: bool = False) -> list[Example]:
-    """Red and blue pictures by turns, and which caption is right; or labels that have nothing to do with colours."""
-    rng = np.random.default_rng(seed)
-    examples = []
-    for i in range(count):
-        pixels = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
-        pixels[..., 2 * (i % 2)] += 180
-        right = i // 2 % 2 if shuffled else i % 2
-        examples.append(Example(f"{seed}-{i}", (Image.fromarray(pixels),), TEXTS, ((0, right),)))
-    return examples
 
 
 def scorer(pipe: Pipe, config: ScoreConfig = SCORE) -> Scorer:
@@ -373,7 +361,7 @@ def test_loss_equals_a_plain_loop(rows: int, columns: int, positives: list[tuple
 
 
 def of(name: str, *images: Any) -> Example:
-    return Example(name, images, TEXTS, ((0, 0),))
+    return Example(name, images, COLOURS, ((0, 0),))
 
 
 def apart(count: int) -> list[Example]:

@@ -21,7 +21,7 @@ from PIL import Image
 from dsd import cli, prompts
 from dsd.backbone import Backbone, load_backbone
 from dsd.cli import main
-from dsd.learn import Learner, Method
+from dsd.learn import Learner
 from dsd.scores import SCORES
 from models import picture, save_adapter
 
@@ -391,7 +391,6 @@ def test_options_out_of_range(dsd: Command, image: Path, options: str, named: st
         "rank a.png",
         "fit",
         "fit m.jsonl",
-        "fit m.jsonl --out d --method magic",
         "fit m.jsonl --out d --adapter x",
         "curve m.jsonl --held-out h.jsonl",
         "curve comvg --out d --shots few",
@@ -756,7 +755,14 @@ def test_checkpoint_of_another_request(dsd: Command, lesson: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "options", [("--rank", "0"), ("--max-steps", "0"), ("--learning-rate", "-1"), ("--learning-rate", "nan")]
+    "options",
+    [
+        ("--rank", "0"),
+        ("--max-steps", "0"),
+        ("--learning-rate", "-1"),
+        ("--learning-rate", "nan"),
+        ("--method", "magic"),
+    ],
 )
 def test_bad_options_of_learning(dsd: Command, lesson: Path, tmp_path: Path, options: tuple[str, str]) -> None:
     assert "expected" in dsd.refused("fit", lesson, "--out", tmp_path / "adapter", *options)
@@ -848,7 +854,6 @@ def test_constants_are_the_librarys() -> None:
     from dsd.tiny.world import Level
 
     assert tuple(SCORES) == cli.SCORE_KINDS
-    assert get_args(Method) == cli.METHODS
     assert cli.WORLD_TASKS == WORLD_TASKS
     assert get_args(Level) == cli.LEVELS
     assert get_args(Split) == cli.SPLITS

@@ -21,30 +21,19 @@ from dsd.adapt import fit, turns_of
 from dsd.adapters import Adapter, fingerprint
 from dsd.backbone import load_backbone
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
-from dsd.learn import FitConfig, Learner, Log, Team, checkpointed
+from dsd.learn import FitConfig, Learner, Team, checkpointed
 from dsd.lesson import Negatives
 from dsd.prompts import PromptConfig
+from dsd.records import Log
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
 from looks import looks_as
+from models import toy
 
 Pipe = Callable[..., str]
 SCORE = ScoreConfig("attention", (20, 100))
-TEXTS = ("a red square", "a blue square")
 QUICK = FitConfig(steps=4, batch=4, check_every=2, folds=3, learning_rate=0.02, jitter=10)
 PROMPT = PromptConfig(rank=2, tokens=3)
-
-
-def toy(count: int, seed: int = 0, shuffled: bool = False) -> list[Example]:
-    """Red and blue pictures by turns, and which caption is right; or labels that have nothing to do with colours."""
-    rng = np.random.default_rng(seed)
-    examples = []
-    for i in range(count):
-        pixels = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
-        pixels[..., 2 * (i % 2)] += 180
-        right = i // 2 % 2 if shuffled else i % 2
-        examples.append(Example(f"{seed}-{i}", (Image.fromarray(pixels),), TEXTS, ((0, right),)))
-    return examples
 
 
 def scorer(pipe: Pipe, config: ScoreConfig = SCORE) -> Scorer:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dsd import adapt, prompts
@@ -28,7 +27,7 @@ from dsd.scorer import Scorer
 from dsd.scores import WEIGHTED, Features, Score, ScoreConfig
 from dsd.weights import Choice, Choices, choose, fit_weights
 from looks import looks_as
-from models import picture
+from models import picture, toy
 
 Pipe = Callable[..., str]
 TIMESTEPS = (20, 100)
@@ -50,19 +49,6 @@ def backbone(pipe: Pipe) -> Backbone:
 def random_weights(backbone: Backbone, seed: int = 0) -> torch.Tensor:
     shape = len(TIMESTEPS), len(Features(backbone).names)
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def toy(count: int, seed: int, shuffled: bool = False) -> list[Example]:
-    """Red and blue pictures by turns, and which caption is right; or labels that have nothing to do with colours."""
-    rng = np.random.default_rng(seed)
-    examples = []
-    for i in range(count):
-        pixels = rng.integers(0, 60, (16, 16, 3)).astype(np.uint8)
-        pixels[..., 2 * (i % 2)] += 180
-        right = int(rng.integers(2)) if shuffled else i % 2
-        texts = ("a red square", "a blue square")
-        examples.append(Example(f"{seed}-{i}", (Image.fromarray(pixels),), texts, ((0, right),)))
-    return examples
 
 
 def accuracy(scorer: Scorer, examples: list[Example]) -> float:

@@ -34,25 +34,12 @@ from dsd import prompts
 from dsd.adapters import Adapter, fingerprint
 from dsd.contracts import Example, OptionError, Pair
 from dsd.evaluate import dataset_checksum
-from dsd.learn import (
-    WEIGHTS,
-    FitConfig,
-    Judged,
-    Jury,
-    Learner,
-    Log,
-    Team,
-    Trail,
-    checkpointed,
-    held_out_scores,
-    importance,
-    learn,
-    load_checkpoint,
-    save_checkpoint,
-)
+from dsd.jury import Judged, Jury
+from dsd.learn import WEIGHTS, FitConfig, Learner, Team, Trail, checkpointed, held_out_scores, importance, learn
 from dsd.lesson import Negatives, choices_of, folds, split
 from dsd.metrics import bootstrap_interval
 from dsd.prompts import PromptConfig
+from dsd.records import Log, load_checkpoint, save_checkpoint
 from dsd.scorer import Scorer
 from dsd.scores import MIXTURE, WEIGHTED, Features, ScoreConfig
 from dsd.weights import Choice, better, fit_weights

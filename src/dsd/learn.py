@@ -1,19 +1,16 @@
 """Learning by gradient: steps over batches of examples, resumable, the same however many processes share a batch.
 
 A :class:`Learner` changes what is attached to a scorer's model (prompts, soft tokens) and the weights of its score;
-:func:`learn` lets it run and looks at held-out examples now and then, which a :class:`Jury` judges.
+:func:`learn` lets it run and looks at held-out examples now and then, which a :class:`dsd.jury.Jury` judges.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -25,11 +22,12 @@ from torch.nn import functional as F
 from dsd import prompts
 from dsd.backbone import TextStates
 from dsd.contracts import DsdError, Example, ModelError, OptionError
+from dsd.jury import Jury
 from dsd.lesson import Drawn, Negatives, choices_of
-from dsd.metrics import expected_calibration_error, reliability, wins
+from dsd.records import Log
 from dsd.scorer import Scorer, out_of_memory
 from dsd.scores import SCORES, Features, Pass, noised_pass
-from dsd.weights import Choice, Choices, better
+from dsd.weights import Choice
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -131,81 +129,6 @@ class FitConfig:
     def pieces(self) -> frozenset[str]:
         """What the method is made of."""
         return frozenset(self.method.split("+"))
-
-
-# Judging
-
-
-@dataclass(frozen=True)
-class Judged:
-    """How scores fare on examples.
-
-    Attributes:
-        accuracy: (examples,) share of choices won.
-        loss: (examples,) of the softmax over candidates, at the best scale.
-        scale: What scores are multiplied by so that their differences are log-odds.
-    """
-
-    accuracy: Float[np.ndarray, " examples"]
-    loss: Float[np.ndarray, " examples"]
-    scale: float
-
-    @property
-    def rank(self) -> tuple[float, float]:
-        """Higher is better: choices won, and the loss where these are equal.
-
-        The loss alone is led by a few choices that are lost by far, and prefers prompts that have hardly learned.
-        """
-        return float(self.accuracy.mean()), -float(self.loss.mean())
-
-    def beats(self, before: Judged) -> bool:
-        """Whether it is better beyond doubt: accuracy or loss, by two standard errors, and accuracy no worse.
-
-        One would let a handful of examples do harm: it is the best of many looks, and the scale is fitted to them.
-        """
-        if self.accuracy.mean() < before.accuracy.mean():
-            return False
-        return better(-self.accuracy, -before.accuracy, 2) or better(self.loss, before.loss, 2)
-
-
-class Jury:
-    """Judges scores of all pairs of some examples: (pairs,), one example after the other."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self.examples = list(examples)
-        self.pairs = [pair for e in self.examples for pair in e.pairs]
-        self._tables: list[slice] = []
-        self.own: list[list[Choice]] = []
-        """Each example's choices, whose rows count through all examples."""
-        at = 0
-        for e in self.examples:
-            self._tables.append(slice(at, at + len(e.pairs)))
-            self.own.append([Choice(tuple(at + r for r in c.rows), c.right) for c in choices_of(e)])
-            at += len(e.pairs)
-        self._choices = Choices(self.own)
-
-    def accuracy(self, scores: Float[np.ndarray, " pairs"]) -> Float[np.ndarray, " examples"]:
-        """Share of each example's choices that is won."""
-        tables = [scores[t].reshape(len(e.images), -1) for t, e in zip(self._tables, self.examples, strict=True)]
-        return np.array([wins(t, e.positives).mean() for t, e in zip(tables, self.examples, strict=True)])
-
-    def spread(self, scores: Float[np.ndarray, " pairs"]) -> float:
-        """How far the scores of candidates lie apart."""
-        return float(self._choices.spread(np.asarray(scores, np.float64)))
-
-    def judge(self, scores: Float[np.ndarray, " pairs"]) -> Judged:
-        scores = np.asarray(scores, np.float64)
-        scale = self._choices.best_scale(scores)
-        return Judged(self.accuracy(scores), self._choices.losses(scale * scores), scale)
-
-    def calibration(self, scores: Float[np.ndarray, " pairs"], scale: float) -> dict[str, Any]:
-        """How far probabilities ``softmax(scale * scores)`` can be taken at their word, plain values."""
-        confidence, correct = self._choices.confidence(scale * np.asarray(scores, np.float64))
-        return {
-            "error": expected_calibration_error(confidence, correct),
-            "bins": [dict(b) for b in reliability(confidence, correct)],
-            "held_out": len(self.examples),
-        }
 
 
 # Learning
@@ -632,86 +555,3 @@ def learn(
                 losses.clear()
             keep()
         tick(ranks[-1][0] if ranks else None)
-
-
-def save_checkpoint(path: Path, request: str, state: Mapping[str, Any]) -> None:
-    """Writes a file that appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    torch.save({"request": request, **state}, part)
-    os.replace(part, path)
-
-
-def load_checkpoint(path: Path, request: str) -> dict[str, Any]:
-    """What :func:`save_checkpoint` wrote.
-
-    Raises:
-        OptionError: If it cannot be read, or is of another request.
-    """
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        same = state.pop("request") == request
-    except Exception as error:  # whatever the unpickler makes of it
-        raise OptionError(f"{path}: got a checkpoint that cannot be read ({type(error).__name__}); delete it") from None
-    if not same:
-        raise OptionError(
-            f"{path}: got a checkpoint of another request, expected the same examples, model and options; "
-            "delete it to start anew"
-        )
-    return state
-
-
-class Log:
-    """The loss and what goes with it, step by step: a ``.jsonl`` file, or a folder for TensorBoard.
-
-    Args:
-        path: Of either.
-        run: Counts from 1: a fit has one for each part that is held out, and one on all examples.
-        step: After which this run goes on: what a stopped fit wrote beyond its checkpoint is dropped.
-
-    Raises:
-        OptionError: If it cannot be written, or TensorBoard is asked for and not installed.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], run: int, step: int) -> None:
-        self._path, self._run = Path(path), run
-        self._board: Any = None
-        try:
-            if self._path.suffix == ".jsonl":
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._drop_after(run, step)
-                return
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(self._path / f"run-{run}"), purge_step=step + 1)
-        except ImportError:
-            raise OptionError(
-                f"got the log {self._path}, which is for TensorBoard, without that; expected it to be installed "
-                "(pip install tensorboard), or a file that ends in .jsonl"
-            ) from None
-        except OSError as error:
-            raise OptionError(
-                f"{self._path}: got a log that cannot be written ({error.strerror}); choose another"
-            ) from None
-
-    def _drop_after(self, run: int, step: int) -> None:
-        lines: list[str] = []
-        for line in self._path.read_text("utf-8").splitlines() if self._path.exists() else ():
-            try:
-                values = json.loads(line)
-                if (values["run"], values["step"]) <= (run, step):
-                    lines.append(line + "\n")
-            except (ValueError, KeyError, TypeError):  # cut off when it was stopped
-                break
-        part = self._path.with_name(f".{self._path.name}.part")
-        part.write_text("".join(lines), "utf-8")
-        os.replace(part, self._path)
-
-    def write(self, step: int, **values: float) -> None:
-        if self._board is None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"run": self._run, "step": step, **values}) + "\n")
-            return
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
