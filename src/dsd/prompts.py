@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -228,9 +228,7 @@ def join_tokens(denoiser: nn.Module, text: TextStates) -> TextStates:
     tokens = _tokens(denoiser)
     if tokens is None or not tokens.enabled:
         return text
-    soft = tokens.states.to(text.states.dtype).expand(len(text), -1, -1)
-    own = torch.ones(soft.shape[:2], dtype=torch.bool, device=soft.device)
-    return replace(text, states=torch.cat([text.states, soft], 1), own=torch.cat([text.own, own], 1))
+    return text.with_tokens(tokens.states)
 
 
 class _SoftTokens(nn.Module):

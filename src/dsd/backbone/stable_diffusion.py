@@ -28,6 +28,9 @@ class StableDiffusionBackbone(Backbone):
             fit together.
     """
 
+    pipelines = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "LatentConsistencyModelPipeline")
+    components = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+
     def __init__(self, name: str, *, vae: Any, text_encoder: Any, tokenizer: Any, unet: Any, scheduler: Any) -> None:
         self.name = name
         self.vae = vae.eval().requires_grad_(False)
