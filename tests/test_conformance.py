@@ -32,7 +32,8 @@ from dsd.scores import Score, ScoreConfig, noised_pass
 from models import KINDS, PIXELS, picture
 
 CAPTION, OTHER = "a red circle left of a dog", "cat"
-LONG = " ".join(["a red circle left of the blue square and a green dog, right"] * 60)
+LONG = " ".join(["a red circle left of the blue square and a green dog, right"] * 42)
+"""More tokens than any encoder takes at once."""
 STEPS = (153, 617)
 JOINT = ("sd3", "sd3-without-t5", "sd35", "flux-schnell", "flux-dev")
 MASKED = ("pixart-alpha", "pixart-sigma")
@@ -523,7 +524,7 @@ def test_long_captions_lose_nothing(kind: str, backbone: Backbone) -> None:
 
 
 @every
-@pytest.mark.parametrize("size", [17, 22, 23, 40])
+@pytest.mark.parametrize("size", [17, 22])
 def test_odd_sizes(kind: str, backbone: Backbone, size: int) -> None:
     shape = backbone.latent_shape(size)
     assert tuple(backbone.encode_images([picture(0, size)]).shape[1:]) == shape
