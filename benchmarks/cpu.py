@@ -22,10 +22,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from configurations import CONFIGURATIONS
+from configurations import pipeline
 from dsd.contracts import Example
 from dsd.evaluate import write_text
 from dsd.learn import FitConfig
@@ -36,14 +35,6 @@ from dsd.scores import ScoreConfig
 
 MODEL = "sd21-base"
 CAPTIONS = ("a red circle above a blue square", "a blue square above a red circle")
-
-
-def save(folder: Path, small: bool) -> None:
-    """Writes the pipeline, half precision on disk."""
-    torch.manual_seed(0)
-    parts = CONFIGURATIONS[MODEL][1](small)
-    made = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    made.to(torch.float16).save_pretrained(folder)
 
 
 def peak() -> float:
@@ -116,7 +107,8 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.save is not None:
-        return save(options.save, options.small)
+        # half precision on disk, as models are published
+        return pipeline(MODEL, torch.float16, small=options.small).save_pretrained(options.save)  # type: ignore[no-any-return]
     if options.out is None:
         parser.error("expected --out")
     with tempfile.TemporaryDirectory() as folder:

@@ -844,6 +844,28 @@ def test_attention_scores_are_refused_where_nothing_attends_to_text() -> None:
             Score(backbone_of("dit"), ScoreConfig(name))
 
 
+# The guide
+
+
+def test_the_family_in_the_guide_works() -> None:
+    """The code in ``docs/bring-your-own-model.md`` does what the real family does."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "bring-your-own-model.md").read_text("utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    real, parts = backbone_of("pixart-sigma"), stock("pixart-sigma").components
+    family = names["PixArtLike"]
+    guide = family("guide", **{name: parts[name] for name in family.components})
+    assert guide.image_size == real.image_size
+    noised, t, text = inputs(real, "pixart-sigma")
+    states = texts_of(guide, "pixart-sigma")
+    assert torch.equal(states.own, text.own)
+    with torch.no_grad():
+        assert torch.allclose(guide.predict_noise(noised, t, states), real.predict_noise(noised, t, text), atol=1e-6)
+    found, expected = (scorer(x, "pixart-sigma").predict(pairs("pixart-sigma")) for x in (guide, real))
+    assert np.allclose(found, expected, atol=1e-5)
+
+
 # Parts that do not fit
 
 
