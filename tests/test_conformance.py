@@ -23,7 +23,7 @@ from dsd import prompts
 from dsd.adapters import Adapter, fingerprint
 from dsd.backbone import FAMILIES, Backbone, TextStates
 from dsd.backbone.latent import Flow
-from dsd.contracts import ModelError, OptionError, TextError
+from dsd.contracts import AdapterError, ModelError, OptionError, TextError
 from dsd.explain import word_maps
 from dsd.probe import Probe, cross_attention_layers, projections, select_layers
 from dsd.prompts import PromptConfig
@@ -742,6 +742,27 @@ def test_prompts_round_trip(kind: str, backbone: Backbone, tmp_path: Path) -> No
     Adapter.load(folder).attach(fresh)
     assert np.allclose(scorer(fresh, kind).predict(pairs(kind)), made, atol=1e-6)
     assert np.abs(made - bare).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev", "pixart-sigma", "dit"])
+def test_export_is_for_unets(kind: str, backbone: Backbone, tmp_path: Path) -> None:
+    config = prompt_config(kind)
+    prompts.attach(backbone.denoiser, config)
+    adapter = Adapter(None, ScoreConfig(score_of(kind)), config, prompts.state(backbone.denoiser))
+    if kind == "sdxl":
+        stock_again = models.pipeline(kind)
+        randomise(backbone.denoiser)
+        adapter = Adapter(None, ScoreConfig("attention"), config, prompts.state(backbone.denoiser))
+        stock_again.load_lora_weights(adapter.export(tmp_path / "lora"))
+        values = inputs(backbone, kind)
+        again = models.backbone_of(stock_again)
+        with torch.no_grad():
+            found, expected = (x.predict_noise(*values) for x in (again, backbone))
+        assert torch.allclose(found, expected, atol=1e-4)
+        return
+    with pytest.raises(AdapterError, match=r"transformer_blocks\.0.*expected those of a U-Net"):
+        adapter.export(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 @every
