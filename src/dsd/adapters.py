@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsd import prompts
 from dsd.backbone import Backbone, cards
-from dsd.backbone.loading import resolve
+from dsd.backbone.hub import resolve
 from dsd.contracts import AdapterError, ModelError, OptionError
 from dsd.exchange import LORA_FILE, read_authors, read_lora, write_lora
 from dsd.prompts import PromptConfig
@@ -241,7 +241,7 @@ def _card(adapter: Adapter, name: str) -> str:
     head = ModelCardData(
         base_model=_hub_name(base),
         library_name="dsd",
-        license=cards().get(base, {}).get("licence"),
+        license=cards()[base].licence if base in cards() else None,
         tags=["image-text-matching", "few-shot", "diffusion", *(("lora",) if low_rank else ())],
     )
     lines = [

@@ -1,14 +1,17 @@
 """Checkpoint => image latents, text states, one noised pass."""
 
 from dsd.backbone.base import Backbone, CaptionWords, Latents, TextStates
+from dsd.backbone.catalog import Card, cards, default_timesteps
 from dsd.backbone.families import FAMILIES
-from dsd.backbone.loading import cards, default_timesteps, load_backbone
+from dsd.backbone.loading import LoadConfig, load_backbone
 
 __all__ = [
     "FAMILIES",
     "Backbone",
     "CaptionWords",
+    "Card",
     "Latents",
+    "LoadConfig",
     "TextStates",
     "cards",
     "default_timesteps",

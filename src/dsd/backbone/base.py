@@ -19,6 +19,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 Latents = Float[Tensor, "n c h w"]
+EXECUTION_DEVICE = "_execution_device"
+"""A module's attribute that says where it computes, if that is not where its weights are kept."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class TextStates:
 
     def with_tokens(self, soft: Float[Tensor, "tokens width"]) -> TextStates:
         """The captions with further tokens behind them, the same for all, as own tokens of no word."""
-        added = soft.to(self.states.dtype).expand(len(self), -1, -1)
+        added = soft.to(self.states).expand(len(self), -1, -1)
         true = torch.ones(added.shape[:2], dtype=torch.bool, device=added.device)
         return replace(
             self,
@@ -84,6 +86,12 @@ class CaptionWords:
 
     spelling: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes, which is not where its weights wait if it is offloaded."""
+    found = getattr(module, EXECUTION_DEVICE, None)
+    return found if isinstance(found, torch.device) else next(module.parameters()).device
 
 
 class Backbone(ABC):

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from PIL.Image import Image
 from torch import Tensor
 
-from dsd.backbone.base import Backbone, CaptionWords, Latents, TextStates
+from dsd.backbone.base import Backbone, CaptionWords, Latents, TextStates, execution_device
 from dsd.contracts import ImageError, ModelError, TextError
 
 
@@ -52,8 +52,7 @@ class StableDiffusionBackbone(Backbone):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.denoiser.parameters()).device
-        return device
+        return execution_device(self.denoiser)
 
     @property
     def dtype(self) -> torch.dtype:
