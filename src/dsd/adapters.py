@@ -176,7 +176,7 @@ class Adapter:
                 f"got an adapter for {self.base['name']} ({self.base['parameters']:,} parameters), expected one for "
                 f"{backbone.name}; load it with --model {self.base['name']}"
             )
-        if self.features is not None and self.features != Features(backbone, self.score.layers).names:
+        if self.features is not None and self.features != Features(backbone, self.score.layers, self.score.direction).names:
             raise AdapterError(
                 f"got weights of {len(self.features)} features that {backbone.name} does not have in this order, "
                 "expected those of its attention heads; load the adapter onto the base model that it was made for"

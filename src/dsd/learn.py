@@ -473,14 +473,16 @@ class Learner:
             if score.needs_empty:
                 (blank,) = backbone.encode_texts([""])
                 text = blank.select([0] * len(states))
-                empty = noised_pass(backbone, latents, noise, timesteps, text, score.empty_layers)
+                empty = noised_pass(backbone, latents, noise, timesteps, text, score.empty_layers, score.direction)
             # a pass takes captions of one length only, so that nothing is padded for another's sake
             lengths: dict[int, list[int]] = {}
             for row, state in enumerate(states):
                 lengths.setdefault(state.states.shape[1], []).append(row)
             for rows in lengths.values():
                 text = TextStates.join([states[r] for r in rows])
-                made = noised_pass(backbone, latents[rows], noise[rows], timesteps[rows], text, score.layers)
+                made = noised_pass(
+                    backbone, latents[rows], noise[rows], timesteps[rows], text, score.layers, score.direction
+                )
                 found.append(score(made, None if empty is None else empty.rows(rows), steps[rows]))
                 order += rows
         back = torch.tensor(order, device=backbone.device).argsort()

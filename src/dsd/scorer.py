@@ -258,7 +258,7 @@ class Scorer:
                 step = torch.tensor([s for _, s in part], device=latents.device)
                 z = latents[[image_of[i] for i in index]]
                 text = TextStates.join([texts[i] for i in index])
-                made = noised_pass(self.backbone, z, noise[step], timesteps[step], text, what.layers)
+                made = noised_pass(self.backbone, z, noise[step], timesteps[step], text, what.layers, what.direction)
                 other = None if empty is None else empty.rows([image_of[i] * count + s for i, s in part])
                 take(index, step, made, other)
                 done += len(part)
@@ -282,7 +282,15 @@ class Scorer:
             image, step = index // len(timesteps), index % len(timesteps)
             text = blank.select([0] * len(index))
             made.append(
-                noised_pass(self.backbone, latents[image], noise[step], timesteps[step], text, what.empty_layers)
+                noised_pass(
+                    self.backbone,
+                    latents[image],
+                    noise[step],
+                    timesteps[step],
+                    text,
+                    what.empty_layers,
+                    what.direction,
+                )
             )
             done += len(index)
 
