@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -114,6 +114,7 @@ class Backbone(ABC):
         image_size: Pixels a side it was trained on.
         num_train_timesteps: Timesteps are integers from 0 (clean) below this (noise).
         timesteps: What scores look at unless told otherwise; each counts the same.
+        offload: How its networks are kept off the device (see ``LoadConfig``); None if they stay there.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -126,6 +127,7 @@ class Backbone(ABC):
     image_size: int
     num_train_timesteps: int
     timesteps: tuple[int, ...] = (189, 389, 589, 789)
+    offload: str | None = None
 
     @property
     @abstractmethod
@@ -136,6 +138,18 @@ class Backbone(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """The denoiser's floating-point type."""
+
+    def computation(self) -> dict[str, Any]:
+        """What decides the result of a pass besides the weights, plain values by name.
+
+        Two models with the same weights that differ here give other scores: what was learned on one is of no use on
+        the other.
+        """
+        config = dict(getattr(self.denoiser, "config", {}))
+        return {
+            "denoiser": type(self.denoiser).__name__,
+            **{name: value for name, value in config.items() if not name.startswith("_")},
+        }
 
     @abstractmethod
     def latent_shape(self, size: int) -> tuple[int, int, int]:

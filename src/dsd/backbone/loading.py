@@ -137,6 +137,7 @@ def load_backbone(model: str, **options: Any) -> Backbone:
             f"{model}: cannot be loaded ({line}); expected files that fit together; "
             + ("export the pipeline again with save_pretrained" if isinstance(where, Path) else "fetch it again")
         ) from error
+    backbone.offload = config.offload
     card = cards().get(model)
     if card is not None and card.timesteps is not None:
         backbone.timesteps = card.timesteps
