@@ -33,6 +33,7 @@ class Pipeline:
         family: The family that serves it.
         components: Of each component that the family takes and the folder lists, (library, class name).
         settings: The plain values that the family takes.
+        again: What to do about files that are missing or broken.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Pipeline:
     family: type[Backbone]
     components: Mapping[str, tuple[str, str]]
     settings: Mapping[str, Any]
+    again: str
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,13 @@ class Weights:
     pickled: bool
 
 
-def read_pipeline(model: str, folder: Path) -> Pipeline:
+def read_pipeline(model: str, folder: Path, again: str = "download or export it again") -> Pipeline:
     """Reads ``model_index.json``.
+
+    Args:
+        model: Its name, for messages.
+        folder: Where it is.
+        again: What to do about files that are missing or broken.
 
     Raises:
         ModelError: If the folder is none in the pipeline format, asks for code of others, is of no family that is
@@ -73,8 +80,7 @@ def read_pipeline(model: str, folder: Path) -> Pipeline:
         raise ModelError(f"{model}: got {_other_kind(folder)}") from None
     except (OSError, ValueError, TypeError):
         raise ModelError(
-            f"{model}: got a folder without a readable {INDEX}, expected a pipeline saved by save_pretrained; "
-            "download or export it again"
+            f"{model}: got a folder without a readable {INDEX}, expected a pipeline saved by save_pretrained; {again}"
         ) from None
     kind = listed.get("_class_name")
     _refuse_code_of_others(model, kind, listed)
@@ -94,20 +100,20 @@ def read_pipeline(model: str, folder: Path) -> Pipeline:
     if missing:
         raise ModelError(
             f"{model}: got a pipeline of class {kind} without {', '.join(missing)}, expected "
-            f"{', '.join(family.components)}; export the whole pipeline with save_pretrained"
+            f"{', '.join(family.components)}; {again}"
         )
     for name in components:
         if not (folder / name).is_dir():
             continue  # the weights say so, or the loader of what has none
         for config in _CONFIGS:
-            if "auto_map" in _read_config(model, folder / name / config):
+            if "auto_map" in _read_config(model, folder / name / config, again):
                 raise ModelError(
                     f"{model}: got {name}/{config} with auto_map, which runs code that comes with the model; expected "
                     "components of diffusers and transformers alone, for no code of others is run; remove auto_map "
                     "if the stock class computes the same"
                 )
     settings = {name: listed[name] for name in family.settings if name in listed}
-    return Pipeline(folder, str(kind), family, components, settings)
+    return Pipeline(folder, str(kind), family, components, settings, again)
 
 
 def file_patterns(pipeline: Pipeline, *, variant: str | None, pickles: bool) -> list[str]:
@@ -123,22 +129,22 @@ def file_patterns(pipeline: Pipeline, *, variant: str | None, pickles: bool) -> 
     return found
 
 
-def find_weights(model: str, folder: Path, component: str, *, variant: str | None, allow_pickle: bool) -> Weights:
+def find_weights(model: str, pipeline: Pipeline, component: str, *, variant: str | None, allow_pickle: bool) -> Weights:
     """The files with a component's weights: those of the variant before plain ones, safetensors before pickles.
 
     Raises:
         ModelError: If there are none, only pickles that are not allowed, or files that were cut short.
     """
-    place = folder / component
+    place, again = pipeline.folder / component, pipeline.again
     forms = (variant, None) if variant else (None,)
     for form in forms:
-        files = _listed_files(model, place, ("diffusion_pytorch_model", "model"), ".safetensors", form)
+        files = _listed_files(model, place, ("diffusion_pytorch_model", "model"), ".safetensors", form, again)
         if files:
             for file in files:
-                check_safetensors(model, file, f"{component}/{file.name}")
+                check_safetensors(model, file, f"{component}/{file.name}", again)
             return Weights(files, form, pickled=False)
     for form in forms:
-        files = _listed_files(model, place, ("diffusion_pytorch_model", "pytorch_model"), ".bin", form)
+        files = _listed_files(model, place, ("diffusion_pytorch_model", "pytorch_model"), ".bin", form, again)
         if files and not allow_pickle:
             raise ModelError(
                 f"{model}: got pickled weights alone for {component} ({files[0].name}), expected safetensors, which "
@@ -150,11 +156,11 @@ def find_weights(model: str, folder: Path, component: str, *, variant: str | Non
     wanted = f" of variant {variant!r}, or plain ones," if variant else ""
     raise ModelError(
         f"{model}: got no weights{wanted} for {component}, expected {component}/"
-        "diffusion_pytorch_model.safetensors or model.safetensors; fetch or export the whole pipeline"
+        f"diffusion_pytorch_model.safetensors or model.safetensors; {again}"
     )
 
 
-def check_safetensors(model: str, file: Path, name: str) -> dict[str, Any]:
+def check_safetensors(model: str, file: Path, name: str, again: str = "download it again") -> dict[str, Any]:
     """Reads the header of a safetensors file.
 
     Returns:
@@ -163,7 +169,6 @@ def check_safetensors(model: str, file: Path, name: str) -> dict[str, Any]:
     Raises:
         ModelError: If it is no safetensors file, or shorter or longer than its header says.
     """
-    again = "download it again"
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -191,7 +196,7 @@ def check_safetensors(model: str, file: Path, name: str) -> dict[str, Any]:
 
 
 def _listed_files(
-    model: str, place: Path, stems: tuple[str, ...], end: str, variant: str | None
+    model: str, place: Path, stems: tuple[str, ...], end: str, variant: str | None, again: str
 ) -> tuple[Path, ...] | None:
     """The file, or the shards that its index lists; None if there is neither."""
     form = f".{variant}" if variant else ""
@@ -202,19 +207,19 @@ def _listed_files(
         index = place / f"{stem}{end}.index{form}.json"
         if not index.is_file():
             continue
-        listed = _read_config(model, index).get("weight_map")
+        listed = _read_config(model, index, again).get("weight_map")
         shards = sorted(set(listed.values())) if isinstance(listed, dict) and listed else []
         # a shard's name could lead out of the folder
         if not shards or not all(isinstance(s, str) and s == os.path.basename(s) and s.endswith(end) for s in shards):
             raise ModelError(
                 f"{model}: got {place.name}/{index.name} that lists no shards of the folder, expected names of "
-                f"{end} files beside it; download it again"
+                f"{end} files beside it; {again}"
             )
         missing = [s for s in shards if not (place / s).is_file()]
         if missing:
             raise ModelError(
                 f"{model}: got {len(shards) - len(missing)} of {len(shards)} shards of {place.name}, expected all; "
-                f"{missing[0]} is missing; fetch the whole model again"
+                f"{missing[0]} is missing; {again}"
             )
         return tuple(place / s for s in shards)
     return None
@@ -239,7 +244,7 @@ def _refuse_code_of_others(model: str, kind: Any, listed: Mapping[str, Any]) -> 
         )
 
 
-def _read_config(model: str, file: Path) -> Mapping[str, Any]:
+def _read_config(model: str, file: Path, again: str) -> Mapping[str, Any]:
     """A JSON file of the folder; nothing if it is not there."""
     try:
         found = json.loads(file.read_text("utf-8"))
@@ -249,8 +254,7 @@ def _read_config(model: str, file: Path) -> Mapping[str, Any]:
         return {}
     except (OSError, ValueError, TypeError):
         raise ModelError(
-            f"{model}: got {file.parent.name}/{file.name}, which cannot be read, expected a JSON object; download or "
-            "export it again"
+            f"{model}: got {file.parent.name}/{file.name}, which cannot be read, expected a JSON object; {again}"
         ) from None
     return found
 

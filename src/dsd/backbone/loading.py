@@ -164,19 +164,12 @@ def _find_pipeline(model: str, where: Path | str, config: LoadConfig) -> Pipelin
     if isinstance(where, Path):
         return read_pipeline(model, where)
     options = config.for_hub
-    pipeline = read_pipeline(model, hub.fetch_index(model, where, options))
-    patterns = file_patterns(pipeline, variant=config.variant, pickles=False)
-    hub.fetch_files(model, where, patterns, options)
+    again = f"fetch it with: {hub.download_command(where, hub.revision_of(model, options))}"
+    pipeline = read_pipeline(model, hub.fetch_index(model, where, options), again)
+    hub.fetch_files(model, where, file_patterns(pipeline, variant=config.variant, pickles=False), options)
     networks = [n for n in pipeline.components if _is_network(n)]
     if config.allow_pickle and any(not any((pipeline.folder / n).glob("*.safetensors")) for n in networks):
         hub.fetch_files(model, where, file_patterns(pipeline, variant=config.variant, pickles=True), options)
-    missing = [n for n in pipeline.components if not (pipeline.folder / n).is_dir()]
-    if missing:
-        command = hub.download_command(where, hub.revision_of(model, options))
-        raise ModelError(
-            f"{model}: got a copy in the hub's cache without {', '.join(missing)}, and no more can be fetched; "
-            f"expected all of it; where there is a network, fetch it with: {command}"
-        )
     return pipeline
 
 
@@ -186,7 +179,7 @@ def _from_folder(
     """The components of a pipeline folder, one by one, so that at most one is in memory twice."""
     # all files are looked at before the first is loaded, which may take minutes
     weights = {
-        name: find_weights(model, pipeline.folder, name, variant=config.variant, allow_pickle=config.allow_pickle)
+        name: find_weights(model, pipeline, name, variant=config.variant, allow_pickle=config.allow_pickle)
         for name in pipeline.components
         if _is_network(name)
     }
@@ -217,7 +210,7 @@ def _from_folder(
         if lacking:
             raise ModelError(
                 f"{model}: got {name} without {len(lacking)} of its weights (such as {lacking[0]}), expected all; "
-                "download or export it again"
+                + pipeline.again
             )
         if config.device_map is None and config.offload is None and not quantized:
             network.to(device)
@@ -249,7 +242,7 @@ def _without_weights(model: str, pipeline: Pipeline) -> dict[str, Any]:
         if not place.is_dir() or not any(place.iterdir()):
             raise ModelError(
                 f"{model}: got a pipeline whose index lists {name} but without a folder of that name, expected it; "
-                "download or export the pipeline again"
+                + pipeline.again
             )
         if name == "scheduler":
             found[name] = _scheduler(model, entry, place)

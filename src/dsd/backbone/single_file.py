@@ -94,6 +94,7 @@ def load_networks(
     """
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from diffusers.utils import logging
 
     stock = getattr(diffusers, pipeline.kind)
     if not hasattr(stock, "from_single_file"):
@@ -102,6 +103,8 @@ def load_networks(
             "the diffusers pipeline format"
         )
     left_out = {n: None for n in stock._optional_components if n not in pipeline.components}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():  # about the stock scheduler, which is not used
             warnings.simplefilter("ignore", FutureWarning)
@@ -113,6 +116,9 @@ def load_networks(
             f"{model}: got a checkpoint without all of {', '.join(pipeline.components)} "
             f"({str(error).strip().splitlines()[0]}), expected a whole model; use the folder of the pipeline"
         ) from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     networks = {n: loaded.components[n] for n in pipeline.components if n not in given}
     for name, network in networks.items():
         lacking = [n for n, t in (*network.named_parameters(), *network.named_buffers()) if t.is_meta]
