@@ -1,4 +1,4 @@
-"""What the cards say is true: of families that exist, of networks as large as their published configurations make them."""
+"""What the cards say is true: families that exist, networks as large as published configurations make them."""
 
 from __future__ import annotations
 

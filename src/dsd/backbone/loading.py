@@ -148,7 +148,7 @@ def _check_options(model: str, where: Path | str, config: LoadConfig) -> None:
     """Refuses options that would be left unused: whoever gave them believes that they count."""
     local, single = isinstance(where, Path), isinstance(where, Path) and where.is_file()
     unused = {
-        "revision": local and config.config is None and config.revision is not None,
+        "revision": local and not single and config.revision is not None,
         "variant": single and config.variant is not None,
         "quantize_text_encoder": single and config.quantize_text_encoder is not None,
         "config": not single and config.config is not None,
@@ -156,7 +156,7 @@ def _check_options(model: str, where: Path | str, config: LoadConfig) -> None:
     for name, is_unused in unused.items():
         if is_unused:
             what = "a single file" if single else "a local folder" if local else "a pipeline"
-            raise OptionError(f"got {name} with {what} ({model}), where it has no meaning; leave it out")
+            raise OptionError(f"got {name} with {what} ({model}), expected none, for it has no meaning there")
 
 
 def _find_pipeline(model: str, where: Path | str, config: LoadConfig) -> Pipeline:
@@ -221,15 +221,28 @@ def _from_folder(
 def _from_single_file(model: str, file: Path, config: LoadConfig) -> tuple[Pipeline, dict[str, Any]]:
     header = single_file.read_header(model, file, allow_pickle=config.allow_pickle)
     source = single_file.default_config(model, header) if config.config is None else os.fspath(config.config)
-    where = hub.resolve(source)
-    if isinstance(where, Path):
-        pipeline = read_pipeline(source, where)
-    else:
-        pipeline = read_pipeline(source, hub.fetch_index(source, where, config.for_hub))
-        patterns = [p for p in file_patterns(pipeline, variant=None, pickles=False) if not p.endswith(".safetensors")]
-        hub.fetch_files(source, where, patterns, config.for_hub)
+    try:
+        pipeline = _find_configuration(source, config)
+    except ModelError as error:
+        raise ModelError(
+            f"{model}: got a single file, whose configuration could not be had; {error}; or name another with config "
+            "(--config)"
+        ) from None
     given = _without_weights(model, pipeline)
     return pipeline, {**single_file.load_networks(model, file, pipeline, given, config.dtype), **given}
+
+
+def _find_configuration(source: str, config: LoadConfig) -> Pipeline:
+    """The pipeline folder that says what the weights in a single file mean; its own weights are not fetched."""
+    where = hub.resolve(source)
+    if isinstance(where, Path):
+        return read_pipeline(source, where)
+    options = config.for_hub
+    again = f"fetch it with: {hub.download_command(where, hub.revision_of(source, options))}"
+    pipeline = read_pipeline(source, hub.fetch_index(source, where, options), again)
+    patterns = [p for p in file_patterns(pipeline, variant=None, pickles=False) if not p.endswith(".safetensors")]
+    hub.fetch_files(source, where, patterns, options)
+    return pipeline
 
 
 def _without_weights(model: str, pipeline: Pipeline) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from dsd.backbone.folder import Pipeline, check_safetensors
+from dsd.backbone.hub import card_of
 from dsd.contracts import ModelError
 
-_MOVED = {"stabilityai/stable-diffusion-2-1": "sd21"}
 _NOT_TOLD = {"v2": "sd21-base or sd21"}
 """Kinds of files that do not say what their denoiser predicts, and what they may be."""
 
@@ -67,14 +67,16 @@ def default_config(model: str, header: Mapping[str, torch.Tensor]) -> str:
         )
     if kind in _NOT_TOLD:
         raise ModelError(
-            f"{model}: got a checkpoint of {_NOT_TOLD[kind]}, which does not say what its denoiser predicts; {advice}"
+            f"{model}: got a checkpoint of {_NOT_TOLD[kind]}, which does not say what its denoiser predicts, expected "
+            f"its configuration; {advice}"
         )
     if "v_pred" in header:
         raise ModelError(
             f"{model}: got a checkpoint that predicts velocity (v_pred), expected its configuration; {advice}"
         )
     name = str(stock.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"])
-    return _MOVED.get(name, name)
+    card = card_of(name)
+    return name if card is None else card.name
 
 
 def load_networks(
