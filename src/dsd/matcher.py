@@ -83,10 +83,15 @@ class Matcher:
             weights = None
             if adapter is not None and score.kind == WEIGHTED:
                 weights = adapter.weights
-                if (score.timesteps, score.layers) != (adapter.score.timesteps, adapter.score.layers):
+                learned = adapter.score
+                if (score.timesteps, score.layers, score.direction) != (
+                    learned.timesteps,
+                    learned.layers,
+                    learned.direction,
+                ):
                     raise OptionError(
-                        f"got timesteps {score.timesteps} and layers {score.layers} with weights that were learned at "
-                        "others, expected those of the adapter; leave them out"
+                        f"got timesteps {score.timesteps}, layers {score.layers} and direction {score.direction} with "
+                        "weights that were learned at others, expected those of the adapter; leave them out"
                     )
             self._scorer = Scorer(backbone, score, size=size, batch_size=batch_size, noise=noise, weights=weights)
         except BaseException:

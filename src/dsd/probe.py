@@ -218,6 +218,8 @@ class Probe:
     Raises:
         ModelError: If the denoiser does not attend to text.
         OptionError: If a layer's name is unknown, or it has no logits in this direction.
+
+    A pass raises ModelError if a layer computes its attention in a way that cannot be followed.
     """
 
     SLICE = 2**24
@@ -311,6 +313,11 @@ class Probe:
     def _settle(self, name: str) -> None:
         """Turns what was heard of a layer into its record."""
         layer, heard = self._layers[name], self._heard.pop(name)
+        if any(what not in heard for what in self._wanted(layer)):
+            raise ModelError(
+                f"{name}: got attention by {type(layer.processor).__name__}, which does not use the layer's own "
+                "projections and norms, expected the stock processor; take custom processors and fusing away"
+            )
         # mixed precision would make the products of halves again
         with torch.autocast(self._own.device.type, enabled=False):
             parts = {what: _by_head(layer, _source(layer, what)[1], heard[what]) for what in self._wanted(layer)}

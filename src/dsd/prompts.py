@@ -135,21 +135,20 @@ def attach(denoiser: nn.Module, config: PromptConfig, seed: int = 0) -> None:
     names = targets(denoiser, config)
     ranks = config.ranks or dict.fromkeys(names, config.rank)
     generator = torch.Generator().manual_seed(seed)
-    if config.tokens:
-        states = torch.randn((config.tokens, text_width(denoiser)), generator=generator)
+    states = torch.randn((config.tokens, text_width(denoiser)), generator=generator) if config.tokens else None
+    if ranks:
+        inject_adapter_in_model(LoraConfig(**lora_options(ranks, config.scale)), denoiser, adapter_name=_ADAPTER)
+        with torch.no_grad():
+            for _, layer in _layers(denoiser):
+                down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+                bound = 1 / math.sqrt(down.shape[1])
+                down.copy_((2 * torch.rand(down.shape, generator=generator) - 1) * bound)
+                up.zero_()
+                # learned in float32 even where the model is in half precision
+                layer.lora_A[_ADAPTER].float()
+                layer.lora_B[_ADAPTER].float()
+    if states is not None:  # last, because peft freezes what is not its own
         denoiser.add_module(TOKENS, _SoftTokens(states.to(next(denoiser.parameters()).device)))
-    if not ranks:
-        return
-    inject_adapter_in_model(LoraConfig(**lora_options(ranks, config.scale)), denoiser, adapter_name=_ADAPTER)
-    with torch.no_grad():
-        for _, layer in _layers(denoiser):
-            down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-            bound = 1 / math.sqrt(down.shape[1])
-            down.copy_((2 * torch.rand(down.shape, generator=generator) - 1) * bound)
-            up.zero_()
-            # learned in float32 even where the model is in half precision
-            layer.lora_A[_ADAPTER].float()
-            layer.lora_B[_ADAPTER].float()
 
 
 def detach(denoiser: nn.Module) -> None:

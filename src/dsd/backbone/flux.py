@@ -83,12 +83,7 @@ class FluxBackbone(LatentBackbone):
         rows, columns = height // _PACK, width // _PACK
         # (n, c, rows * 2, columns * 2) => (n, rows * columns, c * 2 * 2)
         packed = noised.unflatten(3, (columns, _PACK)).unflatten(2, (rows, _PACK)).permute(0, 2, 4, 1, 3, 5)
-        grid = torch.meshgrid(
-            torch.zeros(1, device=noised.device),
-            torch.arange(rows, device=noised.device),
-            torch.arange(columns, device=noised.device),
-            indexing="ij",
-        )
+        axes = [torch.arange(length, dtype=torch.float32, device=noised.device) for length in (1, rows, columns)]
         out: Tensor = self.denoiser(
             hidden_states=packed.reshape(n, rows * columns, channels * _PACK**2),
             timestep=timesteps / 1000,
@@ -96,7 +91,7 @@ class FluxBackbone(LatentBackbone):
             pooled_projections=text.pooled.to(self.dtype),
             encoder_hidden_states=text.states.to(self.dtype),
             txt_ids=torch.zeros(text.states.shape[1], 3, device=noised.device),
-            img_ids=torch.stack([axis.flatten() for axis in grid], 1),
+            img_ids=torch.cartesian_prod(*axes),
         ).sample
         unpacked: Tensor = out.unflatten(2, (channels, _PACK, _PACK)).unflatten(1, (rows, columns))
         return unpacked.permute(0, 3, 1, 4, 2, 5).reshape(n, channels, height, width)
