@@ -3,7 +3,7 @@
 from dsd.backbone.base import Backbone, CaptionWords, Latents, TextStates
 from dsd.backbone.catalog import Card, cards, default_timesteps
 from dsd.backbone.families import FAMILIES
-from dsd.backbone.loading import LoadConfig, load_backbone
+from dsd.backbone.loading import LoadConfig, LocalCopy, load_backbone, local_copy
 
 __all__ = [
     "FAMILIES",
@@ -12,8 +12,10 @@ __all__ = [
     "Card",
     "Latents",
     "LoadConfig",
+    "LocalCopy",
     "TextStates",
     "cards",
     "default_timesteps",
     "load_backbone",
+    "local_copy",
 ]

@@ -7,13 +7,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from dsd.backbone import hub, single_file
 from dsd.backbone.base import Backbone
-from dsd.backbone.catalog import cards
+from dsd.backbone.catalog import Card, cards
 from dsd.backbone.folder import Pipeline, file_patterns, find_weights, read_pipeline
 from dsd.backbone.placement import (
     DeviceMap,
@@ -142,6 +142,45 @@ def load_backbone(model: str, **options: Any) -> Backbone:
     if card is not None and card.timesteps is not None:
         backbone.timesteps = card.timesteps
     return backbone
+
+
+@dataclass(frozen=True)
+class LocalCopy:
+    """What of a model lies on this machine.
+
+    Attributes:
+        state: ``whole``, ``part`` (files are missing or broken), ``other`` (only other revisions) or ``none``.
+        folder: Where it is, if it is.
+        bytes: Of the files in that folder.
+        note: What is missing, or which revisions there are.
+    """
+
+    state: Literal["whole", "part", "other", "none"]
+    folder: Path | None = None
+    bytes: int = 0
+    note: str = ""
+
+
+def local_copy(card: Card, *, cache_dir: str | Path | None = None) -> LocalCopy:
+    """What of a model with a card lies on this machine: in the package, or in the hub's cache. Asks nobody."""
+    if card.hub is None:
+        folder: Path | None = Path(str(hub.resolve(card.name)))
+    else:
+        folder = hub.cached(card.hub, card.revision, cache_dir)
+    if folder is None:
+        others = hub.cached_revisions(str(card.hub), cache_dir)
+        return LocalCopy("other", note=f"revision {', '.join(others)}") if others else LocalCopy("none")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    try:
+        pipeline = read_pipeline(card.name, folder)
+        for name in pipeline.components:
+            if _is_network(name):
+                find_weights(card.name, pipeline, name, variant=None, allow_pickle=True)
+            elif not (folder / name).is_dir():
+                return LocalCopy("part", folder, size, f"{name} is missing")
+    except ModelError as error:
+        return LocalCopy("part", folder, size, str(error))
+    return LocalCopy("whole", folder, size)
 
 
 def _check_options(model: str, where: Path | str, config: LoadConfig) -> None:
