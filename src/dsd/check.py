@@ -141,7 +141,7 @@ def check_model(backbone: Backbone, *, size: int | None = None) -> ModelCheck:
             "batch independence",
             _apart(predicted, alone),
             1e-5 if exact else 3e-2,
-            "three rows at once, and one by one",
+            "rows at once, and one by one",
         ),
         attention,
         _as_its_card_says(backbone),
