@@ -193,14 +193,14 @@ def loading_of(a: argparse.Namespace) -> dict[str, Any]:
     return {**{n: getattr(a, n) for n in names}, "device_map": _device_map(a), "dtype": getattr(torch, a.dtype)}
 
 
-def _device_map(a: argparse.Namespace) -> str | dict[str, str] | None:
+def _device_map(a: argparse.Namespace) -> str | dict[str, str | int] | None:
     text: str | None = a.device_map
     if text is None or "=" not in text:
         return text
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(name and device for name, _, device in pairs):
         raise OptionError(f"got --device-map {text!r}, expected balanced, or component=device with commas between them")
-    return {name: device for name, _, device in pairs}
+    return {name: int(device) if device.isdecimal() else device for name, _, device in pairs}
 
 
 def accelerator_of(a: argparse.Namespace) -> Any:
