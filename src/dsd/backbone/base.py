@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,6 +19,8 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 Latents = Float[Tensor, "n c h w"]
+EXECUTION_DEVICE = "_execution_device"
+"""A module's attribute that says where it computes, if that is not where its weights are kept."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class TextStates:
 
     def with_tokens(self, soft: Float[Tensor, "tokens width"]) -> TextStates:
         """The captions with further tokens behind them, the same for all, as own tokens of no word."""
-        added = soft.to(self.states.dtype).expand(len(self), -1, -1)
+        added = soft.to(self.states).expand(len(self), -1, -1)
         true = torch.ones(added.shape[:2], dtype=torch.bool, device=added.device)
         return replace(
             self,
@@ -86,6 +88,12 @@ class CaptionWords:
     tokens: tuple[tuple[int, ...], ...]
 
 
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes, which is not where its weights wait if it is offloaded."""
+    found = getattr(module, EXECUTION_DEVICE, None)
+    return found if isinstance(found, torch.device) else next(module.parameters()).device
+
+
 class Backbone(ABC):
     """A frozen text-to-image model, taken apart into the three steps that scores need.
 
@@ -106,6 +114,7 @@ class Backbone(ABC):
         image_size: Pixels a side it was trained on.
         num_train_timesteps: Timesteps are integers from 0 (clean) below this (noise).
         timesteps: What scores look at unless told otherwise; each counts the same.
+        offload: How its networks are kept off the device (see ``LoadConfig``); None if they stay there.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -118,6 +127,7 @@ class Backbone(ABC):
     image_size: int
     num_train_timesteps: int
     timesteps: tuple[int, ...] = (189, 389, 589, 789)
+    offload: str | None = None
 
     @property
     @abstractmethod
@@ -128,6 +138,18 @@ class Backbone(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """The denoiser's floating-point type."""
+
+    def computation(self) -> dict[str, Any]:
+        """What decides the result of a pass besides the weights, plain values by name.
+
+        Two models with the same weights that differ here give other scores: what was learned on one is of no use on
+        the other.
+        """
+        config = dict(getattr(self.denoiser, "config", {}))
+        return {
+            "denoiser": type(self.denoiser).__name__,
+            **{name: value for name, value in config.items() if not name.startswith("_")},
+        }
 
     @abstractmethod
     def latent_shape(self, size: int) -> tuple[int, int, int]:

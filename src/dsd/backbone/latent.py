@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from PIL.Image import Image
 from torch import Tensor
 
-from dsd.backbone.base import Backbone, Latents, TextStates
+from dsd.backbone.base import Backbone, Latents, TextStates, execution_device
 from dsd.contracts import ImageError, ModelError, OptionError
 
 GUIDANCE = 1.0
@@ -28,6 +28,11 @@ class Schedule(Protocol):
     """How latents and noise are mixed at each timestep, and what the denoiser's prediction says of the noise."""
 
     num_train_timesteps: int
+
+    @property
+    def computation(self) -> dict[str, Any]:
+        """What decides how it mixes and what a prediction means, plain values by name."""
+        ...
 
     def add_noise(self, latents: Latents, noise: Latents, timesteps: Int[Tensor, " n"]) -> Latents: ...
 
@@ -60,6 +65,11 @@ class Diffusion:
             raise ModelError(f"{name}: got a {type(scheduler).__name__}, expected a scheduler of a diffusion process")
         self.num_train_timesteps = int(scheduler.config.num_train_timesteps)
         self._alphas = scheduler.alphas_cumprod.float()
+
+    @property
+    def computation(self) -> dict[str, Any]:
+        some = self._alphas[:: max(1, len(self._alphas) // 8)]
+        return {"prediction_type": self.prediction_type, "abar": [round(float(a), 5) for a in some]}
 
     def add_noise(self, latents: Latents, noise: Latents, timesteps: Int[Tensor, " n"]) -> Latents:
         a = self._alphas_at(timesteps)
@@ -114,6 +124,12 @@ class Flow:
         self.num_train_timesteps = int(config.num_train_timesteps)
         self._config = config
         self._positions = positions
+
+    @property
+    def computation(self) -> dict[str, Any]:
+        shifts = ("use_dynamic_shifting", "base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        known = {name: self._config.get(name) for name in ("shift", *shifts, "time_shift_type")}
+        return {"prediction_type": "flow", **{name: value for name, value in known.items() if value is not None}}
 
     def shift(self, height: int, width: int) -> float:
         """How far the grid is shifted towards noise for latents of this size; 1 is not at all."""
@@ -176,13 +192,16 @@ class LatentBackbone(Backbone):
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.denoiser.parameters()).device
-        return device
+        return execution_device(self.denoiser)
 
     @property
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = next(self.denoiser.parameters()).dtype
         return dtype
+
+    def computation(self) -> dict[str, Any]:
+        scale = {"latent_scale": self.vae.config.scaling_factor, "latent_shift": self.vae.config.get("shift_factor")}
+        return {**super().computation(), **self.schedule.computation, **scale}
 
     def latent_shape(self, size: int) -> tuple[int, int, int]:
         side = size // (self._factor * self._patch) * self._patch
