@@ -78,6 +78,8 @@ class Matcher:
         score = score or _default_score(backbone)
         # weights belong to a lesson, and are learned from the denoising score on
         self._first_score = replace(score, kind="denoising", layers=None) if score.kind == WEIGHTED else score
+        if score.bare is not None:
+            self._first_score = score.bare
         self._noise = None if noise is None else hashlib.blake2b(np.asarray(noise).tobytes(), digest_size=16)
         try:
             weights = None
@@ -145,7 +147,7 @@ class Matcher:
         elif loaded is not None and score in (None, loaded.score.kind):
             config = loaded.score
         elif loaded is not None:
-            config = replace(loaded.score, kind=str(score), weights=None, layers=None)
+            config = replace(loaded.score, kind=str(score), weights=None, layers=None, bare=None)
         else:
             config = _default_score(backbone, score or "denoising")
         if timesteps is not None:
@@ -153,7 +155,8 @@ class Matcher:
         if layers is not None:
             config = replace(config, layers=tuple(layers))
         if seed is not None:
-            config = replace(config, seed=seed)
+            bare = None if config.bare is None else replace(config.bare, seed=seed)
+            config = replace(config, seed=seed, bare=bare)
         return cls(backbone, config, adapter=loaded, size=size, batch_size=batch_size, noise=noise)
 
     @property

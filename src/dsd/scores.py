@@ -165,6 +165,8 @@ class ScoreConfig:
         seed: Decides the noise, which is the same for all candidates.
         direction: Whose queries attention is scored by: ``image`` positions, or the ``text``, which asks in joint
             attention alone (SD 3, FLUX); see :class:`dsd.probe.LayerRecord`.
+        bare: A score of the model without its prompts that is added, in passes of its own; None: nothing is.
+        bare_weight: What it is multiplied by.
     """
 
     kind: str = "denoising"
@@ -173,8 +175,12 @@ class ScoreConfig:
     weights: Mapping[str, float] | None = None
     seed: int = 0
     direction: Direction = "image"
+    bare: ScoreConfig | None = None
+    bare_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.bare is not None and (self.bare.bare is not None or self.bare.kind == WEIGHTED):
+            raise OptionError(f"got {self.bare.kind!r} to add as it is without prompts, expected a zero-shot score")
         if self.direction not in get_args(Direction):
             raise OptionError(f"got direction {self.direction!r}, expected one of {', '.join(get_args(Direction))}")
         if self.kind not in (*SCORES, MIXTURE, WEIGHTED):
@@ -195,12 +201,30 @@ class ScoreConfig:
         """The scores that it is the sum of, and their weights."""
         return dict(self.weights or {self.kind: 1.0})
 
+    @property
+    def passes(self) -> int:
+        """Of the denoiser a pair, less those under the empty caption, which all captions of an image share."""
+        return len(self.timesteps) + (0 if self.bare is None else self.bare.passes)
+
+    @property
+    def empty_passes(self) -> int:
+        """Those under the empty caption, an image."""
+        own = self.kind == WEIGHTED or any(SCORES[kind].empty for kind in self.terms)
+        return own * len(self.timesteps) + (0 if self.bare is None else self.bare.empty_passes)
+
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        found = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        if self.bare is None:
+            del found["bare_weight"]
+        else:
+            found["bare"] = self.bare.to_dict()
+        return found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreConfig:
         known = dict(values)
+        if known.get("bare") is not None:
+            known["bare"] = cls.from_dict(known["bare"])
         for name in ("timesteps", "layers"):
             if known.get(name) is not None:
                 known[name] = tuple(known[name])

@@ -40,7 +40,7 @@ MODEL = "tiny"
 MANY = 50
 """Passes a pair of the Diffusion Classifier; its evenly spaced timesteps are those of a sweep."""
 FEW = (50, 150, 250, 350, 500)
-"""Timesteps of what is taught: five passes a pair."""
+"""Timesteps of attention that is taught: five passes a pair."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,15 @@ class Lesson:
     """A few-shot method of ours.
 
     Attributes:
-        score: That is taught.
+        score: Where it starts from; ``denoising`` is joined by attention that is taught.
         config: How.
+        timesteps: Of the score.
         prompt: Where prompts go.
     """
 
     score: str
     config: FitConfig
+    timesteps: tuple[int, ...] = FEW
     prompt: PromptConfig = field(default_factory=PromptConfig)
 
 
@@ -62,8 +64,8 @@ _RUN = FitConfig(validation=0.25, check_every=20)
 """One run that is stopped by a quarter of the examples."""
 
 LESSONS: dict[str, Lesson] = {
+    "dsd prompt and denoising": Lesson("denoising", _RUN, (150, 250, 350)),
     "dsd prompt": Lesson("attention", _RUN),
-    "dsd prompt, attention + denoising": Lesson("denoising", _RUN),
     "dsd tokens": Lesson("attention", replace(_RUN, method="tokens")),
     "dsd heads": Lesson("attention", replace(_RUN, method="heads")),
     "dsd weights": Lesson("denoising", replace(_RUN, method="weights", draws=2)),
@@ -118,7 +120,7 @@ class StudyConfig:
 
 QUICK = StudyConfig(
     levels=("standard",),
-    methods=("dsd prompt", "dsd weights", "CLIP LoRA"),
+    methods=("dsd prompt and denoising", "dsd weights", "CLIP LoRA"),
     shots=(64,),
     held_out=60,
     passes=20,
@@ -278,8 +280,7 @@ def _made_by(config: StudyConfig, item: Sequence[Any]) -> dict[str, Any]:
     if item[0] == "blind" or item[3] in RIVALS:
         return {"model": _digest("clip_weights")}
     lesson = LESSONS[item[3]]
-    how = {"config": asdict(lesson.config), "prompt": asdict(lesson.prompt), "timesteps": FEW}
-    return {"model": _digest("weights"), "score": lesson.score, **how, "max_steps": config.max_steps}
+    return {"model": _digest("weights"), **asdict(lesson), "max_steps": config.max_steps}
 
 
 @cache
@@ -422,7 +423,7 @@ def _learn(
         made = outcomes_of(task, examples, result.scores)
         return {"cell": asdict(Cell(method, task, level, shots, seed, tuple(map(float, made)), 0, seconds))}
     lesson = LESSONS[method]
-    matcher = Matcher(_backbone(), ScoreConfig(lesson.score, FEW))
+    matcher = Matcher(_backbone(), ScoreConfig(lesson.score, lesson.timesteps))
     fitting = replace(lesson.config, seed=seed)
     if config.max_steps is not None:
         fitting = replace(fitting, steps=config.max_steps)
@@ -432,14 +433,14 @@ def _learn(
         seconds = time.perf_counter() - start
         result = evaluate(matcher, examples)
         assert matcher.adapter is not None
-        training = matcher.adapter.training
+        training, passes = matcher.adapter.training, matcher.score_config.passes
     finally:
         matcher.forget()
     checkpoint.unlink(missing_ok=True)
     made = outcomes_of(task, examples, result.scores)
     error = training["calibration"]["error"]
     cell = Cell(
-        method, task, level, shots, seed, tuple(map(float, made)), len(FEW), seconds, bool(training["kept"]), error
+        method, task, level, shots, seed, tuple(map(float, made)), passes, seconds, bool(training["kept"]), error
     )
     return {"cell": asdict(cell)}
 

@@ -180,14 +180,9 @@ def _few_shot(a: argparse.Namespace, examples: Sequence[Example]) -> Lesson | No
 
 def _announce(cost: Cost, score: ScoreConfig) -> None:
     """Says what a long evaluation will cost."""
-    from dsd.scores import SCORES, WEIGHTED
-
     if cost.seconds < LONG:
         return
-    steps = len(score.timesteps)
-    # the empty caption's passes are shared by all captions of an image
-    empty = score.kind == WEIGHTED or any(SCORES[kind].empty for kind in score.weights or (score.kind,))
-    passes = steps * (cost.pairs + (cost.images if empty else 0))
+    passes = score.passes * cost.pairs + score.empty_passes * cost.images
     unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if cost.seconds >= s), ("s", 1))
     time = f"{cost.seconds / size:,.{0 if cost.seconds >= 10 * size else 1}f} {unit}"
     done = f"{cost.done:,} of {cost.done + cost.pairs:,} pairs are done; left are "
