@@ -210,7 +210,8 @@ def run(
 ) -> Study:
     """Makes the study in a folder, or goes on with one of the same grid that was stopped there.
 
-    A grid that grew (more methods, shots, seeds, tasks or levels) goes on too; what is there is not made again.
+    A grid that grew (more methods, shots, seeds, tasks or levels) goes on too; what is there is not made again. Lessons
+    of earlier grids in the folder, on the same tasks and levels, are part of the study.
 
     Args:
         out: The folder; measurements are kept in ``cells/`` of it.
@@ -237,13 +238,35 @@ def run(
         announce(f"{len(work) - len(left)} of {len(work)} measurements are there, {len(left)} are left")
     with tqdm(total=len(work), initial=len(work) - len(left), desc="study", disable=not progress) as bar:
         _share(folder, config, left, jobs, bar)
+    work += [item for item in _earlier(folder, config) if item not in work]
     found = {item: _kept(folder, config, item) or {} for item in work}
-    return Study(
+    cells = [_cell(found[item]["cell"]) for item in work if item[0] == "lesson"]
+    order = (*LESSONS, *RIVALS)
+    cells.sort(key=lambda c: (order.index(c.method), c.shots, c.seed))
+    whole = replace(
         config,
+        methods=tuple(dict.fromkeys(c.method for c in cells)),
+        shots=tuple(sorted({c.shots for c in cells})),
+        seeds=1 + max(c.seed for c in cells),
+    )
+    return Study(
+        whole,
         tuple(_place(found["sweep", *place], found["blind", *place]) for place in places),
-        tuple(_cell(found[item]["cell"]) for item in work if item[0] == "lesson"),
+        tuple(cells),
         sum(values["took"] for values in found.values()),
     )
+
+
+def _earlier(folder: Path, config: StudyConfig) -> list[tuple[Any, ...]]:
+    """Lessons in the folder that still hold, on tasks and levels of this grid."""
+    found = []
+    for path in sorted((folder / "cells").glob("lesson-*.json")):
+        cell = json.loads(path.read_text("utf-8"))["cell"]
+        item = ("lesson", cell["task"], cell["level"], cell["method"], cell["shots"], cell["seed"])
+        known = cell["task"] in config.tasks and cell["level"] in config.levels
+        if known and cell["method"] in (*LESSONS, *RIVALS) and _kept(folder, config, item) is not None:
+            found.append(item)
+    return found
 
 
 def _share(folder: Path, config: StudyConfig, left: Sequence[tuple[Any, ...]], jobs: int, bar: Any) -> None:
