@@ -213,12 +213,14 @@ class ScoreConfig:
         return own * len(self.timesteps) + (0 if self.bare is None else self.bare.empty_passes)
 
     def to_dict(self) -> dict[str, Any]:
-        found = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        if self.direction == "image":  # what it was before there was a choice, and is in files of that time
+            del values["direction"]
         if self.bare is None:
-            del found["bare_weight"]
+            del values["bare_weight"]
         else:
-            found["bare"] = self.bare.to_dict()
-        return found
+            values["bare"] = self.bare.to_dict()
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreConfig:
