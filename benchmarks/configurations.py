@@ -13,10 +13,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import (
@@ -263,17 +269,22 @@ def networks(parts: Parts) -> list[torch.nn.Module]:
     return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
 
 
-def build(name: str, dtype: torch.dtype, *, small: bool = False) -> Backbone:
-    """A model on the default device, with random weights of a fixed seed."""
+def pipeline(name: str, dtype: torch.dtype, *, small: bool = False) -> DiffusionPipeline:
+    """The stock pipeline, on the default device, with random weights of a fixed seed."""
     family, make = CONFIGURATIONS[name]
-    default = torch.get_default_dtype()
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)  # so that no weights are made twice
-    try:
-        parts = make(small)
-    finally:
-        torch.set_default_dtype(default)
+    parts = make(small)
     for network in networks(parts):
         network.to(dtype)
-    made: Any = family
-    return made(f"{name} (random weights)", **parts)  # type: ignore[no-any-return]
+    if family is StableDiffusionBackbone:
+        return StableDiffusionPipeline(
+            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    if family is StableDiffusionXLBackbone:
+        return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+    stock = {
+        StableDiffusion3Backbone: StableDiffusion3Pipeline,
+        FluxBackbone: FluxPipeline,
+        PixArtBackbone: PixArtSigmaPipeline,
+    }
+    return stock[family](**parts)

@@ -93,8 +93,8 @@ def size(tensors: Iterable[Tensor]) -> int:
     return sum(t.untyped_storage().nbytes() for t in tensors)
 
 
-def made(name: str, dtype: torch.dtype, small: bool, fake: bool) -> Any:
-    """A backbone on the CPU; without contents inside a ``FakeTensorMode``.
+def made(name: str, dtype: torch.dtype, small: bool, fake: bool, prompt: PromptConfig | None = None) -> Any:
+    """A backbone on the CPU, with prompts if asked, and the mode to use it in if it is without contents.
 
     Parts are made on the meta device first, which is quick, but where attention is never fused.
     """
@@ -104,6 +104,8 @@ def made(name: str, dtype: torch.dtype, small: bool, fake: bool) -> Any:
         parts = make(small)
     for network in networks(parts):
         network.to(dtype)
+    if prompt is not None:
+        prompts.attach(parts.get("unet") or parts["transformer"], prompt)
     with FakeTensorMode() if fake else nullcontext() as mode:
         if fake:
             for network in networks(parts):
@@ -113,7 +115,10 @@ def made(name: str, dtype: torch.dtype, small: bool, fake: bool) -> Any:
             if hasattr(parts["scheduler"], "alphas_cumprod"):  # of a flow, the configuration is enough
                 parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)
         kind: Any = family
-        return kind(name, **parts), mode
+        backbone = kind(name, **parts)
+        for parameter in prompts.parameters(backbone.denoiser).values():  # frozen with the rest, by the backbone
+            parameter.requires_grad_()
+        return backbone, mode
 
 
 def encoding(backbone: Any) -> int:
@@ -231,9 +236,8 @@ def scoring(name: str, small: bool, fake: bool) -> dict[str, Any]:
 
 def results(small: bool, fake: bool, cases: Iterable[tuple[int, str, bool]]) -> dict[str, Any]:
     """What :func:`measure` finds in each case, and :func:`encoding`."""
-    backbone, mode = made("sd21-base", torch.float16, small, fake)
+    backbone, mode = made("sd21-base", torch.float16, small, fake, PROMPTS)
     with mode or nullcontext():
-        prompts.attach(backbone.denoiser, PROMPTS)
         return {"rows": [measure(backbone, *case) for case in cases], "peak of encoding": encoding(backbone)}
 
 

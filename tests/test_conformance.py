@@ -23,7 +23,7 @@ from dsd import prompts
 from dsd.adapters import Adapter, fingerprint
 from dsd.backbone import FAMILIES, Backbone, TextStates
 from dsd.backbone.latent import Flow
-from dsd.contracts import ModelError, OptionError, TextError
+from dsd.contracts import AdapterError, ModelError, OptionError, TextError
 from dsd.explain import word_maps
 from dsd.probe import Probe, cross_attention_layers, projections, select_layers
 from dsd.prompts import PromptConfig
@@ -569,6 +569,14 @@ def test_half_precision(kind: str, backbone: Backbone) -> None:
     assert half.predict_noise(noised, t, text).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "pixart-sigma", "sd1"])
+def test_a_vae_that_overflows_in_float16_is_left_in_float32(kind: str) -> None:
+    made = models.backbone_of(models.pipeline(kind).to(torch.float16))
+    assert made.dtype == torch.float16
+    assert made.vae.dtype == (torch.float16 if kind == "sd1" else torch.float32)
+    assert made.encode_images([picture(0)]).isfinite().all()
+
+
 # The probe
 
 
@@ -744,6 +752,27 @@ def test_prompts_round_trip(kind: str, backbone: Backbone, tmp_path: Path) -> No
     assert np.abs(made - bare).max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux-dev", "pixart-sigma", "dit"])
+def test_export_is_for_unets(kind: str, backbone: Backbone, tmp_path: Path) -> None:
+    config = prompt_config(kind)
+    prompts.attach(backbone.denoiser, config)
+    adapter = Adapter(None, ScoreConfig(score_of(kind)), config, prompts.state(backbone.denoiser))
+    if kind == "sdxl":
+        stock_again = models.pipeline(kind)
+        randomise(backbone.denoiser)
+        adapter = Adapter(None, ScoreConfig("attention"), config, prompts.state(backbone.denoiser))
+        stock_again.load_lora_weights(adapter.export(tmp_path / "lora"))
+        values = inputs(backbone, kind)
+        again = models.backbone_of(stock_again)
+        with torch.no_grad():
+            found, expected = (x.predict_noise(*values) for x in (again, backbone))
+        assert torch.allclose(found, expected, atol=1e-4)
+        return
+    with pytest.raises(AdapterError, match=r"transformer_blocks\.0.*expected those of a U-Net"):
+        adapter.export(tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 @every
 def test_targets(kind: str, backbone: Backbone) -> None:
     """Of each layer the projections of image and text alike."""
@@ -842,6 +871,28 @@ def test_attention_scores_are_refused_where_nothing_attends_to_text() -> None:
     for name in ("attention", "attention-mass", "paper"):
         with pytest.raises(ModelError, match=r"attends to the image alone.*use --score denoising"):
             Score(backbone_of("dit"), ScoreConfig(name))
+
+
+# The guide
+
+
+def test_the_family_in_the_guide_works() -> None:
+    """The code in ``docs/bring-your-own-model.md`` does what the real family does."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "bring-your-own-model.md").read_text("utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    real, parts = backbone_of("pixart-sigma"), stock("pixart-sigma").components
+    family = names["PixArtLike"]
+    guide = family("guide", **{name: parts[name] for name in family.components})
+    assert guide.image_size == real.image_size
+    noised, t, text = inputs(real, "pixart-sigma")
+    states = texts_of(guide, "pixart-sigma")
+    assert torch.equal(states.own, text.own)
+    with torch.no_grad():
+        assert torch.allclose(guide.predict_noise(noised, t, states), real.predict_noise(noised, t, text), atol=1e-6)
+    found, expected = (scorer(x, "pixart-sigma").predict(pairs("pixart-sigma")) for x in (guide, real))
+    assert np.allclose(found, expected, atol=1e-5)
 
 
 # Parts that do not fit

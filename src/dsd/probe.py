@@ -242,7 +242,7 @@ class Probe:
         check_direction(denoiser, layers, direction)
         self._layers = {name: known[name] for name in layers}
         self._own = own
-        self._mask = torch.ones_like(own) if mask is None else mask
+        self._mask = mask
         self._direction = direction
         self._maps = maps
         self._heard: dict[str, dict[str, Any]] = {}
@@ -342,28 +342,27 @@ class Probe:
 
     def _of_image(self, parts: Mapping[str, Tensor]) -> LayerRecord:
         query, key = parts["query"], parts["text key"]
-        others, masked = ~self._own[:, None, None], ~self._mask[:, None, None]
+        others = ~self._own[:, None, None]
 
         def pool(key: Tensor, query: Tensor) -> Tensor:
-            logits = query @ key.transpose(-1, -2)
-            own, seen = (logits.masked_fill(away, float("-inf")) for away in (others, masked))
-            return torch.stack([own.logsumexp(-1).sum(-1), seen.logsumexp(-1).sum(-1)])
+            logits = self._seen(query @ key.transpose(-1, -2))
+            own = logits.masked_fill(others, float("-inf"))
+            return torch.stack([own.logsumexp(-1).sum(-1), logits.logsumexp(-1).sum(-1)])
 
         own, seen = self._in_slices(pool, key, query) / query.shape[2]
         maps = None
         if self._maps:
-            maps = (query @ key.transpose(-1, -2)).masked_fill(masked, float("-inf")).softmax(-1).mean(1)
+            maps = self._seen(query @ key.transpose(-1, -2)).softmax(-1).mean(1)
         return LayerRecord(own, seen, maps)
 
     def _of_text(self, parts: Mapping[str, Tensor]) -> LayerRecord:
         query, positions = parts["text query"], parts["key"].shape[2]
         keys = torch.cat([parts["key"], parts["text key"]], 2)
-        masked = torch.cat([self._mask.new_zeros(len(self._mask), positions), ~self._mask], 1)[:, None, None]
         # the share of each token in the mean over the caption's own; an empty caption has none
         share = (self._own / self._own.sum(1, keepdim=True).clamp(min=1))[:, None]
 
         def pool(keys: Tensor, query: Tensor, share: Tensor) -> Tensor:
-            logits = (query @ keys.transpose(-1, -2)).masked_fill(masked, float("-inf"))
+            logits = self._seen(query @ keys.transpose(-1, -2))
             image, seen = logits[..., :positions].logsumexp(-1), logits.logsumexp(-1)
             return torch.stack([(image * share).sum(-1), (seen * share).sum(-1)])
 
@@ -372,6 +371,13 @@ class Probe:
         if self._maps:
             maps = (query @ parts["key"].transpose(-1, -2)).softmax(-1).mean(1).transpose(1, 2)
         return LayerRecord(own, seen, maps)
+
+    def _seen(self, logits: Float[Tensor, "n heads queries keys"]) -> Float[Tensor, "n heads queries keys"]:
+        """Logits without those of text keys, the last ones, that are not attended to."""
+        if self._mask is None:
+            return logits
+        away = torch.nn.functional.pad(~self._mask, (logits.shape[-1] - self._mask.shape[1], 0))
+        return logits.masked_fill(away[:, None, None], float("-inf"))
 
     def _in_slices(self, pool: Callable[..., Tensor], key: Tensor, query: Tensor, *along: Tensor) -> Tensor:
         """The sum of ``pool(key, query, *along)`` over slices of the queries, and of what goes along with them."""
