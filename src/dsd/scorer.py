@@ -201,6 +201,57 @@ class Scorer:
         self._check_finite(pairs, np.asarray(np.isfinite(found).all((0, 2, 3))))
         return found
 
+    # Understanding
+
+    def shares(self, image: ImageInput, text: str) -> dict[str, Float[np.ndarray, " timesteps"]]:
+        """A pair's score split by layer (and ``denoising``) and timestep: float64 parts that sum to the score.
+
+        Raises:
+            ImageError, TextError: If the image or the caption cannot be scored.
+        """
+        check_text(text)
+        count = len(self.score.config.timesteps)
+        found: dict[str, np.ndarray] = {}
+
+        def take(_index: list[int], step: Tensor, made: Pass, empty: Pass | None) -> None:
+            for name, values in self.score.by_layer(made, empty, step).items():
+                rows = found.setdefault(name, np.zeros(count))
+                rows[step.cpu().numpy()] = values.double().cpu().numpy() / count
+
+        with tqdm(disable=True) as bar:
+            self._passes([(image, text)], self.score, self.noise, take, bar)
+        return found
+
+    @torch.no_grad()
+    def errors(self, latent: Tensor, text: str, timesteps: Sequence[int], noise: Latents) -> Latents:
+        """What the denoiser gets wrong of the noise given a caption, also the empty one: ``e - eps(z_t, t, c)``.
+
+        Args:
+            latent: (c, h, w), of one picture.
+            text: The caption.
+            timesteps: One a row.
+            noise: (n, c, h, w), one a row.
+
+        Returns:
+            (n, c, h, w) float32.
+        """
+        (states,) = self.texts([text])
+        steps = torch.tensor(timesteps, device=self.backbone.device)
+        made: list[Tensor] = []
+        done = 0
+
+        def run(rows: int) -> None:
+            nonlocal done
+            e, t = noise[done : done + rows], steps[done : done + rows]
+            z = latent[None].expand(len(t), -1, -1, -1)
+            found = noised_pass(self.backbone, z, e, t, states.select([0] * len(t)))
+            made.append(found.noise - found.predicted)
+            done += len(t)
+
+        while done < len(steps):
+            self._fit_memory(run)
+        return torch.cat(made)
+
     def _check_finite(self, pairs: Sequence[Pair], finite: np.ndarray) -> None:
         if not finite.all():
             first = pairs[int(np.flatnonzero(~finite)[0])]
