@@ -1,32 +1,37 @@
 """Where in an image each word of a caption is seen, what the score is made of, and where two pairs differ.
 
-A word's map comes of one of these (``ExplainConfig.method``):
+A map comes of one of these (``ExplainConfig.method``). Of the noise ``e``, what the denoiser predicts of it under the
+caption, ``eps(c)``, and under the caption without the word, ``eps(c')``, at every position of the latent:
 
-- ``evidence``: where the word helps to predict the noise. Of every position of the latent, the squared error of the
-  noise without the word in the caption, less that with it: the denoising score (Li et al. 2023) before it is summed.
-- ``effect``: where the word changes the prediction at all, ``|eps(c) - eps(c without it)|^2`` (Couairon et al. 2022,
-  DiffEdit, find masks so).
+- ``evidence``: how much the word helps, ``|e - eps(c')|^2 - |e - eps(c)|^2``: the denoising score (Li et al. 2023,
+  Diffusion Classifier) before it is summed.
+- ``effect``: how much the word changes, ``|eps(c) - eps(c')|^2`` (Couairon et al. 2022, DiffEdit, find masks so).
+- ``agreement``: how far the noise lies where the word moves the prediction, ``(e - eps(c')) . (eps(c) - eps(c'))``.
+  That is half the sum of the two above. Were the prediction perfect, all three would be equal on average; evidence is
+  what was measured, and noisy, effect what the model believes, so that their mean is the better guess.
 - ``attention``: the share of a position's attention to the caption's own words that falls on the word (Tang et al.
-  2023, DAAM, on the user's own image), less that share's mean over the picture: words that everything attends to
+  2023, DAAM, here on the user's own image), less that share's mean over the picture: words that everything attends to
   alike stay dark.
 - ``raw-attention``: the same as a share of all tokens, start, end and padding included, and nothing taken off.
-- ``joint``: the geometric mean of evidence and attention, which err in different places.
+- ``joint``: the geometric mean of attention and agreement, which err in different places. A word within a noun phrase
+  takes the agreement of the phrase: with "circle" alone left out of "a red circle", what is left is no caption.
 
-Maps of timesteps and of layers are each brought to the picture's size, and averaged: attention over layers and heads,
-errors over the draws of noise, each timestep in units of its own mean magnitude.
+Errors of the noise are averaged over its draws, each timestep in units of its own mean effect; attention is averaged
+over layers, each brought to the picture's size, heads, timesteps and draws.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL.Image import Image
 from torch import Tensor
 
 from dsd.contracts import ImageInput, OptionError, TextError
@@ -81,7 +86,7 @@ def explain(
     words = states.words[0].spelling
     spans = noun_phrases(words) if phrases is None else [find_phrase(words, phrase) for phrase in phrases]
     singles = [(i, i + 1) for i in range(len(words))]
-    drawn = _Drawer(scorer, picture, text, words, config).maps([*singles, *spans])
+    drawn = word_maps(scorer, picture, text, [*singles, *spans], config=config)
     peaks = drawn.max((1, 2), initial=0.0)
     scaled = np.divide(drawn, peaks[:, None, None], out=np.zeros_like(drawn), where=peaks[:, None, None] > 0)
 
@@ -106,6 +111,24 @@ def explain(
     )
 
 
+def word_maps(
+    scorer: Scorer, image: ImageInput, text: str, spans: Sequence[Span], *, config: ExplainConfig | None = None
+) -> Float[np.ndarray, "spans size size"]:
+    """Maps of runs of a caption's words (``words[start:stop]``) and nothing else: float32, 0 or more, unscaled.
+
+    Raises:
+        ImageError, TextError, OptionError: As :func:`explain` raises them.
+    """
+    check_text(text)
+    (states,) = scorer.texts([text])
+    words = states.words[0].spelling
+    outside = [span for span in spans if not 0 <= span[0] < span[1] <= len(words)]
+    if outside:
+        raise OptionError(f"got runs of words {outside}, expected (start, stop) within the {len(words)} words")
+    picture = resize_crop(load_image(image), scorer.size)
+    return _Drawer(scorer, picture, config or ExplainConfig()).maps(text, words, spans)
+
+
 def compare_texts(
     scorer: Scorer, image: ImageInput, text_a: str, text_b: str, *, config: ExplainConfig | None = None
 ) -> TextDifference:
@@ -121,8 +144,7 @@ def compare_texts(
     """
     config = config or ExplainConfig()
     a, b = (explain(scorer, image, text, config=config) for text in (text_a, text_b))
-    drawer = _Drawer(scorer, a.image, text_a, a.words, config)
-    signed = drawer.signed(text_a, text_b)
+    signed = _Drawer(scorer, a.image, config).signed(text_a, text_b)
     strength = float(np.abs(signed).max())
     return TextDifference(
         a=a,
@@ -165,90 +187,103 @@ def _less(a: Mapping[Any, float], b: Mapping[Any, float]) -> dict[Any, float]:
 class _Drawer:
     """Draws maps over one picture: noise and timesteps are the same for all captions."""
 
-    def __init__(self, scorer: Scorer, picture: Any, text: str, words: Sequence[str], config: ExplainConfig) -> None:
-        self.scorer, self.text, self.words, self.config = scorer, text, words, config
-        (self.latent,) = scorer.latents([picture])
+    def __init__(self, scorer: Scorer, picture: Image, config: ExplainConfig) -> None:
+        self._scorer, self._config = scorer, config
+        (self._latent,) = scorer.latents([picture])
         trained = scorer.backbone.num_train_timesteps
         outside = [t for t in config.timesteps or () if not 0 <= t < trained]
         if outside:
             raise OptionError(f"got timesteps {outside}, expected integers from 0 to {trained - 1}")
-        self._trained = trained
+        steps = config.timesteps or even_timesteps(min(6, trained), trained // 5, trained - trained // 5)
+        self._rows = torch.tensor([t for t in steps for _ in range(config.draws)])
+        channels, height, width = self._latent.shape
+        seed = scorer.score.config.seed
+        self._noise = common_noise((channels, height, width), len(self._rows), seed).to(self._latent.device)
 
-    def _steps(self, high: float, count: int) -> tuple[int, ...]:
-        return self.config.timesteps or even_timesteps(count, 0, max(count, int(high * self._trained)))
-
-    def maps(self, spans: Sequence[Span]) -> Float[np.ndarray, "spans size size"]:
+    def maps(self, text: str, words: Sequence[str], spans: Sequence[Span]) -> Float[np.ndarray, "spans size size"]:
         """A map of each run of words, at least 0, in the method's unit."""
-        method = self.config.method
+        method = self._config.method
         if method in ("attention", "raw-attention"):
-            found = self._attention(spans, raw=method == "raw-attention")
-        elif method in ("evidence", "effect"):
-            found = self._errors(spans, method)
+            found = self._attention(text, spans, raw=method == "raw-attention")
+        elif method == "joint":
+            around = [next((p for p in noun_phrases(words) if p[0] <= a and b <= p[1]), (a, b)) for a, b in spans]
+            phrases = list(dict.fromkeys(around))
+            agreement = dict(zip(phrases, self._errors(text, words, phrases, "agreement"), strict=True))
+            attention = self._attention(text, spans, raw=False)
+            found = torch.stack(
+                [(agreement[p].clamp(min=0) * a.clamp(min=0)).sqrt() for p, a in zip(around, attention, strict=True)]
+            )
         else:
-            both = self._errors(spans, "evidence"), self._attention(spans, raw=False)
-            found = np.sqrt(both[0].clip(0) * both[1].clip(0))
-        return found.clip(0).astype(np.float32)
+            found = self._errors(text, words, spans, method)
+        drawn: np.ndarray = found.clamp(min=0).numpy()
+        return drawn
 
     def signed(self, text_a: str, text_b: str) -> Float[np.ndarray, "size size"]:
         """The squared error of the noise under the second caption less that under the first."""
-        a, b = (self._squared(text) for text in (text_a, text_b))
-        return enlarged((b - a).mean(0), self.scorer.size).numpy()
+        a, b = (self._run(text).square().mean((0, 1)) for text in (text_a, text_b))
+        drawn: np.ndarray = enlarged(b - a, self._scorer.size).numpy()
+        return drawn
 
-    def _squared(self, text: str) -> Float[Tensor, "timesteps h w"]:
-        steps, errors = self._run(text)
-        return errors.square().mean(1).unflatten(0, (len(steps), -1)).mean(1)
-
-    def _run(self, text: str) -> tuple[tuple[int, ...], Float[Tensor, "rows c h w"]]:
+    def _run(self, text: str) -> Float[Tensor, "rows c h w"]:
         """What is wrong of the noise: rows are timesteps, and the draws of each."""
-        steps, draws = self._steps(1, 10), self.config.draws
-        shape = tuple(self.latent.shape)
-        noise = common_noise((shape[0], shape[1], shape[2]), len(steps) * draws, self.scorer.score.config.seed)
-        rows = [t for t in steps for _ in range(draws)]
-        return steps, self.scorer.errors(self.latent, text, rows, noise.to(self.latent.device)).cpu()
+        return self._scorer.errors(self._latent, text, self._rows, self._noise).cpu()
 
-    def _errors(self, spans: Sequence[Span], method: str) -> Float[np.ndarray, "spans size size"]:
-        steps, whole = self._run(self.text)
+    def _errors(
+        self, text: str, words: Sequence[str], spans: Sequence[Span], method: str
+    ) -> Float[Tensor, "spans size size"]:
+        whole = self._run(text)
         found = []
         for span in spans:
-            _, without = self._run(leave_out(self.text, self.words, span))
-            what = (without - whole).square() if method == "effect" else without.square() - whole.square()
-            grids = what.mean(1).unflatten(0, (len(steps), -1)).mean(1)
-            # the last steps, where noise is predicted best, would count for little
-            unit = grids.abs().mean((1, 2), keepdim=True)
-            grid = torch.where(unit > 0, grids / unit.clamp(min=1e-20), 0.0).mean(0)
-            found.append(enlarged(grid, self.scorer.size).numpy())
-        return np.stack(found)
+            without = self._run(leave_out(text, words, span))
+            moved = without - whole
+            values = {
+                "effect": moved.square(),
+                "evidence": without.square() - whole.square(),
+                "agreement": without * moved,
+            }[method].mean(1)
+            # rows => timesteps; the last of them, where noise is predicted best, would count for little
+            per_step, unit = (
+                v.unflatten(0, (-1, self._config.draws)).mean(1) for v in (values, moved.square().mean(1))
+            )
+            unit = unit.mean((1, 2), keepdim=True)
+            grid = torch.where(unit > 0, per_step / unit.clamp(min=1e-20), 0.0).mean(0)
+            found.append(enlarged(grid, self._scorer.size))
+        return torch.stack(found)
 
     @torch.no_grad()
-    def _attention(self, spans: Sequence[Span], raw: bool) -> Float[np.ndarray, "spans size size"]:
-        scorer, backbone, config = self.scorer, self.scorer.backbone, self.config
-        (states,) = scorer.texts([self.text])
+    def _attention(self, text: str, spans: Sequence[Span], raw: bool) -> Float[Tensor, "spans size size"]:
+        scorer, backbone = self._scorer, self._scorer.backbone
+        (states,) = scorer.texts([text])
         states = join_tokens(backbone.denoiser, states)
-        layers = select_layers(backbone.denoiser, config.layers)
-        steps, draws = self._steps(0.5, 5), config.draws
-        height, width = self.latent.shape[-2:]
+        (own,) = states.own.cpu()
+        layers = select_layers(backbone.denoiser, self._config.layers)
+        height, width = self._latent.shape[-2:]
         tokens = [[t for word in states.words[0].tokens[a:b] for t in word] for a, b in spans]
         total = torch.zeros(len(spans), scorer.size, scorer.size)
-        noise = common_noise((len(self.latent), height, width), len(steps) * draws, scorer.score.config.seed)
-        # one row a pass: maps are large
-        for row, e in enumerate(noise.to(backbone.device)):
-            t = torch.tensor([steps[row // draws]], device=backbone.device)
-            noised = backbone.add_noise(self.latent[None], e[None], t)
-            with Probe(backbone.denoiser, layers, states.own, maps=True, heads=config.heads) as probe:
-                backbone.predict_noise(noised, t, states)
+        steps = self._rows.to(backbone.device)
+
+        def look(at: slice) -> None:
+            e, t = self._noise[at], steps[at]
+            noised = backbone.add_noise(self._latent[None].expand_as(e), e, t)
+            text = states.select([0] * len(t))
+            with Probe(backbone.denoiser, layers, text.own, maps=True, heads=self._config.heads) as probe:
+                backbone.predict_noise(noised, t, text)
+            part = torch.zeros_like(total)
             for record in probe.records.values():
                 assert record.maps is not None
-                (maps,) = record.maps  # (positions, tokens)
-                share = torch.stack([maps[:, list(of)].sum(1) for of in tokens])
+                maps = record.maps.float().cpu()  # (rows, positions, tokens)
+                share = torch.stack([maps[..., of].sum(-1) for of in tokens])
                 if not raw:
-                    share = share / maps[:, states.own[0]].sum(1).clamp(min=1e-12)
-                    share = share - share.mean(1, keepdim=True)
+                    share = share / maps[..., own].sum(-1).clamp(min=1e-12)
+                    share = share - share.mean(-1, keepdim=True)
                 # positions of a layer => its height and width, in the latent's proportions
+                share = share.sum(1)
                 ratio = math.sqrt(height * width / share.shape[1])
-                grid = share.unflatten(1, (round(height / ratio), -1)).float().cpu()
-                total += enlarged(grid, scorer.size)
-        found: np.ndarray = (total / (len(noise) * len(layers))).numpy()
-        return found
+                part += enlarged(share.unflatten(1, (round(height / ratio), -1)), scorer.size)
+            total.add_(part)  # at once, for a part that runs out of memory is tried again
+
+        scorer.in_parts(len(steps), look)
+        return total / (len(steps) * len(layers))
 
 
 def enlarged(grid: Float[Tensor, "*n h w"], size: int) -> Float[Tensor, "*n size size"]:
@@ -280,7 +315,7 @@ def _cubic(cells: int, size: int) -> Float[Tensor, "size cells"]:
 
 def leave_out(text: str, words: Sequence[str], *spans: Span) -> str:
     """A caption without some runs of its words; "" if nothing is left."""
-    return replaced(text, words, {span: "" for span in spans})
+    return replaced(text, words, dict.fromkeys(spans, ""))
 
 
 def replaced(text: str, words: Sequence[str], by: Mapping[Span, str]) -> str:
@@ -312,14 +347,14 @@ def _pieces(text: str, words: Sequence[str]) -> list[str]:
     return found
 
 
-def _left_out(scorer: Scorer, picture: Any, text: str, words: Sequence[str], score: float) -> np.ndarray:
+def _left_out(scorer: Scorer, picture: Image, text: str, words: Sequence[str], score: float) -> np.ndarray:
     """What the score loses without each word."""
     rest = [leave_out(text, words, (i, i + 1)) for i in range(len(words))]
     values = _scores(scorer, picture, rest)
     return np.array([score - values[r] for r in rest], np.float32)
 
 
-def _scores(scorer: Scorer, picture: Any, texts: Sequence[str]) -> dict[str, float]:
+def _scores(scorer: Scorer, picture: Image, texts: Sequence[str]) -> dict[str, float]:
     """Scores of captions, also of such as have no words: 0 by the denoising score, NaN by others."""
     found: dict[str, float] = {}
     fit: list[str] = []

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dsd.contracts import OptionError, TextError
 
-Method = Literal["joint", "evidence", "effect", "attention", "raw-attention"]
+Method = Literal["joint", "agreement", "evidence", "effect", "attention", "raw-attention"]
 
 METHODS: tuple[Method, ...] = get_args(Method)
 
@@ -28,9 +28,8 @@ class ExplainConfig:
 
     Attributes:
         method: What a word's map shows, one of :data:`METHODS` (see :mod:`dsd.explain`).
-        timesteps: Integers on the model's training grid; None: those that localise best, evenly spaced: ten over the
-            whole grid for errors of the noise, five over its less noisy half for attention.
-        draws: Draws of noise a timestep, which are averaged.
+        timesteps: Integers on the model's training grid; None: six over its middle three fifths, where maps are best.
+        draws: Draws of noise a timestep, which are averaged: more make maps steadier, and take longer.
         layers: For the attention methods: patterns of layers (:func:`dsd.probe.select_layers`); None takes all.
         heads: For the attention methods: numbers of the heads of each layer; None takes all.
         words: Whether to find each word's share of the score too, which takes one more scored caption a word.
@@ -38,7 +37,7 @@ class ExplainConfig:
 
     method: Method = "joint"
     timesteps: tuple[int, ...] | None = None
-    draws: int = 1
+    draws: int = 4
     layers: tuple[str, ...] | None = None
     heads: tuple[int, ...] | None = None
     words: bool = True
@@ -226,11 +225,11 @@ class ImageDifference:
 
 
 _BETWEEN = frozenset(
-    "a an the this that these those some any no and or but not with without of to from in on at by for as into onto over "
-    "under above below beneath behind beside besides between near next inside outside within around across through "
-    "against off up down left right top bottom middle centre center is are was were be being been am has have had do does "
-    "did it its there here he she they his her their who which what where how many than then while overlapping "
-    "picture photo photograph image".split()
+    "a an the this that these those some any no and or but not with without of to from in on at by for as into onto "
+    "over under above below beneath behind beside besides between near next inside outside within around across "
+    "through against off up down left right top bottom middle centre center is are was were be being been am has have "
+    "had do does did it its there here he she they his her their who which what where how many than then while "
+    "overlapping picture photo photograph image".split()
 )
 """Words that end a noun phrase, or are no part of one."""
 

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -223,12 +223,14 @@ class Scorer:
         return found
 
     @torch.no_grad()
-    def errors(self, latent: Tensor, text: str, timesteps: Sequence[int], noise: Latents) -> Latents:
-        """What the denoiser gets wrong of the noise given a caption, also the empty one: ``e - eps(z_t, t, c)``.
+    def errors(
+        self, latent: Float[Tensor, "c h w"], text: str, timesteps: Int[Tensor, " n"], noise: Latents
+    ) -> Latents:
+        """What the denoiser gets wrong of the noise under one picture given a caption: ``e - eps(z_t, t, c)``.
 
         Args:
-            latent: (c, h, w), of one picture.
-            text: The caption.
+            latent: Of the picture.
+            text: The caption; "" is the empty one.
             timesteps: One a row.
             noise: (n, c, h, w), one a row.
 
@@ -236,21 +238,28 @@ class Scorer:
             (n, c, h, w) float32.
         """
         (states,) = self.texts([text])
-        steps = torch.tensor(timesteps, device=self.backbone.device)
+        steps = timesteps.to(self.backbone.device)
         made: list[Tensor] = []
+
+        def run(at: slice) -> None:
+            e, t = noise[at], steps[at]
+            found = noised_pass(self.backbone, latent[None].expand_as(e), e, t, states.select([0] * len(t)))
+            made.append(found.noise - found.predicted)
+
+        self.in_parts(len(steps), run)
+        return torch.cat(made)
+
+    def in_parts(self, rows: int, run: Callable[[slice], None]) -> None:
+        """Calls ``run`` with consecutive slices of so many rows that fit the memory."""
         done = 0
 
-        def run(rows: int) -> None:
+        def part(count: int) -> None:
             nonlocal done
-            e, t = noise[done : done + rows], steps[done : done + rows]
-            z = latent[None].expand(len(t), -1, -1, -1)
-            found = noised_pass(self.backbone, z, e, t, states.select([0] * len(t)))
-            made.append(found.noise - found.predicted)
-            done += len(t)
+            run(slice(done, min(done + count, rows)))
+            done += count
 
-        while done < len(steps):
-            self._fit_memory(run)
-        return torch.cat(made)
+        while done < rows:
+            self._fit_memory(part)
 
     def _check_finite(self, pairs: Sequence[Pair], finite: np.ndarray) -> None:
         if not finite.all():
