@@ -195,8 +195,8 @@ def page(o: argparse.Namespace, cells: dict[str, dict[str, Any]]) -> str:
         "*IoU*: overlap of the thing with the map's pixels above a share of its highest value, the share chosen on "
         f"`val` ({o.val} scenes). Figures are of `test` ({o.test} scenes a level), means over scenes with 95 % "
         f'bootstrap intervals; {o.draws} draws of noise. A phrase is such as "small red circle", a noun its last word. '
-        "*Small* and *large* are pointing by phrases at things 6 to 8 pixels across, and larger ones. *Chance* is a pixel "
-        "at random, or the whole picture.",
+        "*Small* and *large* are pointing by phrases at things 6 to 8 pixels across, and larger ones. *Chance* is a "
+        "pixel at random, or the whole picture.",
         "",
     ]
     for level in o.levels:

@@ -1,4 +1,4 @@
-"""Explanations as pictures: heat over a picture, and sheets of them as PNG, SVG or PDF with labels that stay text.
+"""Explanations as pictures: heat over a picture, and sheets as PNG, SVG or PDF whose labels stay text.
 
 A sheet is laid out once, as images, words and boxes on a page; how a page becomes a file is decided below. In SVG and
 PDF only the pictures are raster. No torch, and nothing but Pillow draws.
@@ -7,13 +7,10 @@ PDF only the pictures are raster. No torch, and nothing but Pillow draws.
 from __future__ import annotations
 
 import io
-import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
-from os import PathLike
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -28,8 +25,6 @@ HEAT = ("#000004", "#1d1147", "#51127c", "#822681", "#b63679", "#e65164", "#fb88
 
 FIRST, SECOND = "#e07b00", "#2f74bb"
 """What speaks for the first of two, and for the second: apart in hue and in lightness, for every kind of sight."""
-
-SUFFIXES = (".png", ".svg", ".pdf", ".html", ".npz", ".json")
 
 _PAPER, _INK, _SOFT, _RULE, _WASH = "#ffffff", "#1b1d22", "#5b606b", "#dedfe0", "#f1f1ee"
 _SIDE = 256
@@ -143,94 +138,6 @@ def _over(picture: Image.Image, colour: np.ndarray, opacity: np.ndarray) -> Imag
 def _rgb(code: str) -> tuple[int, int, int]:
     red, green, blue = (int(code[i : i + 2], 16) for i in (1, 3, 5))
     return red, green, blue
-
-
-# Files
-
-
-def save(shown: Shown, path: str | PathLike[str]) -> None:
-    """Writes an explanation or a difference, in the kind of file that the path's suffix names.
-
-    ``.png``, ``.svg`` and ``.pdf`` are sheets for papers, ``.html`` a page to hover over, ``.npz`` and ``.json`` are
-    for programs: maps at the picture's size as arrays, or everything as text with maps of at most 64 pixels a side.
-
-    Raises:
-        OptionError: The suffix is another, or the file cannot be written.
-    """
-    suffix = check_suffix(path)
-    if suffix == ".html":
-        from dsd.report import explanation_page
-
-        content = explanation_page(shown).encode()
-    elif suffix == ".json":
-        content = (json.dumps(shown.to_dict(), allow_nan=False) + "\n").encode()
-    elif suffix == ".npz":
-        content = _arrays(shown)
-    else:
-        page = sheet(shown)
-        content = {".png": page.png, ".svg": page.svg, ".pdf": page.pdf}[suffix]()
-    write_bytes(path, content)
-
-
-def check_suffix(path: str | PathLike[str]) -> str:
-    """The suffix that decides the kind of file, in small letters.
-
-    Raises:
-        OptionError: It is none of those.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise OptionError(f"got the file {str(path)!r}, expected a name that ends in {', '.join(SUFFIXES)}")
-    return suffix
-
-
-def write_bytes(path: str | PathLike[str], content: bytes) -> None:
-    """Writes a file whole or not at all, making folders as needed.
-
-    Raises:
-        OptionError: It cannot be written.
-    """
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        part.write_bytes(content)
-        part.replace(target)
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be written ({error.strerror}), expected a path to a new file") from None
-
-
-def _arrays(shown: Shown) -> bytes:
-    """NumPy's archive, without pickles: what :class:`dsd.explanation.Explanation` holds, by the same names."""
-
-    def of(e: Explanation, end: str = "") -> dict[str, np.ndarray]:
-        maps = np.array([p.map for p in e.phrases], np.float32)
-        return {
-            f"image{end}": np.asarray(e.image),
-            f"words{end}": np.array(e.words, np.str_),
-            f"maps{end}": e.maps,
-            f"strength{end}": e.strength,
-            f"phrases{end}": np.array([p.text for p in e.phrases], np.str_),
-            f"phrase_maps{end}": maps.reshape(-1, e.image.height, e.image.width),
-            f"by_word{end}": e.by_word,
-            f"timesteps{end}": np.array(list(e.by_timestep)),
-            f"by_timestep{end}": np.array(list(e.by_timestep.values()), np.float32),
-            f"layers{end}": np.array(list(e.by_layer), np.str_),
-            f"by_layer{end}": np.array(list(e.by_layer.values()), np.float32),
-            f"score{end}": np.float32(e.score),
-        }
-
-    if isinstance(shown, Explanation):
-        arrays = of(shown)
-    else:
-        arrays = {**of(shown.a, "_a"), **of(shown.b, "_b"), "difference": np.array(shown.difference, np.float32)}
-        if isinstance(shown, TextDifference):
-            arrays["map"] = shown.map
-            arrays["changes"] = np.array([[c.a, c.b] for c in shown.changes], np.str_).reshape(-1, 2)
-            arrays["shares"] = np.array([c.share for c in shown.changes], np.float32)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
 
 
 # Sheets
