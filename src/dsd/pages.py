@@ -158,7 +158,7 @@ def explanation_page(shown: Shown) -> str:
         changes=changes,
         by_word=by_word,
         difference=difference,
-        settings=_flat(first.config),
+        settings=_flat({k: v for k, v in first.config.items() if k != "words"}),
     )
 
 
@@ -257,13 +257,13 @@ def _failure(margin: _Margin, example: Example, explain: Explain | None) -> dict
     ]
     numbers = [f"{s:.4f}" for s in choice.scores]
     panels = []
-    for (image, text), side, tag, i in zip(
-        pairs, ("first", "second"), ("matches", "does not match"), (right, wrong), strict=True
+    for (image, text), tag, tone, i in zip(
+        pairs, ("matches", "does not match"), ("won", "lost"), (right, wrong), strict=True
     ):
         if explain is None:
-            panels.append(_bare(load_image(image), text, numbers[i], side, tag))
+            panels.append(_bare(load_image(image), text, numbers[i], tag=tag, tone=tone))
         else:
-            panels.append(_panel(explain(image, text), side, tag, score=numbers[i]))
+            panels.append(_panel(explain(image, text), tag=tag, score=numbers[i], tone=tone))
     best = scores.max()
     rows = [
         {
@@ -285,7 +285,7 @@ def _failure(margin: _Margin, example: Example, explain: Explain | None) -> dict
     }
 
 
-def _bare(image: Image.Image, text: str, score: str, side: str = "", tag: str = "") -> dict[str, Any]:
+def _bare(image: Image.Image, text: str, score: str, side: str = "", tag: str = "", tone: str = "") -> dict[str, Any]:
     """A picture and its caption without maps."""
     return {
         "picture": _picture(image),
@@ -298,6 +298,7 @@ def _bare(image: Image.Image, text: str, score: str, side: str = "", tag: str = 
         "rest": "",
         "score": score,
         "side": side,
+        "tone": tone or side,
         "tag": tag,
         "by_word": None,
     }
@@ -312,10 +313,11 @@ def _panel(
     decisive: Sequence[tuple[int, int]] = (),
     signed: np.ndarray | None = None,
     score: str | None = None,
+    tone: str = "",
 ) -> dict[str, Any]:
     decides = {i for start, stop in decisive for i in range(start, stop)}
     phrases = [p for p in e.phrases if p.stop - p.start > 1]
-    values = _bare(e.image, e.text, f"{e.score:.4f}" if score is None else score, side, tag)
+    values = _bare(e.image, e.text, f"{e.score:.4f}" if score is None else score, side, tag, tone)
     values |= {
         "plain": False,
         "words": [

@@ -85,7 +85,7 @@ def signed_overlay(image: ImageInput, values: np.ndarray, alpha: float = 0.85) -
     return _over(picture, colour, alpha * level)
 
 
-def veil(heat: np.ndarray, side: int = 160) -> Image.Image:
+def veil(heat: np.ndarray, side: int = 72) -> Image.Image:
     """Heat by itself as an RGBA picture to lay over another, clear where there is none.
 
     Args:
@@ -105,7 +105,7 @@ def veil(heat: np.ndarray, side: int = 160) -> Image.Image:
         # the rest of the picture is dimmed, so that what is left light is what is meant
         opacity = 0.78 - 0.18 * level
     rgba = np.concatenate([colour, 255 * opacity[..., None]], -1).round().astype(np.uint8)
-    return Image.fromarray(rgba, "RGBA").quantize(128, method=Image.Quantize.FASTOCTREE)
+    return Image.fromarray(rgba)
 
 
 def grown(image: Image.Image, side: int = _SIDE) -> Image.Image:
