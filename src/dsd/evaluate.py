@@ -143,7 +143,7 @@ class Result:
         }
         buffer = pyarrow.BufferOutputStream()
         parquet.write_table(pyarrow.table(columns, metadata={"dataset": self.dataset}), buffer)
-        _write(path, buffer.getvalue().to_pybytes())
+        write_bytes(path, buffer.getvalue().to_pybytes())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Result:
@@ -512,10 +512,11 @@ def write_text(path: str | PathLike[str], text: str) -> None:
     Raises:
         OptionError: The path cannot be written.
     """
-    _write(path, text.encode("utf-8", "replace"))
+    write_bytes(path, text.encode("utf-8", "replace"))
 
 
-def _write(path: str | PathLike[str], data: bytes) -> None:
+def write_bytes(path: str | PathLike[str], data: bytes) -> None:
+    """As :func:`write_text`, of bytes."""
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -526,7 +527,9 @@ def _write(path: str | PathLike[str], data: bytes) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         reason = error.strerror or error
-        raise OptionError(f"{path}: got a path that cannot be written ({reason}); choose another") from None
+        raise OptionError(
+            f"{path}: got a path that cannot be written ({reason}), expected one for a new file; choose another"
+        ) from None
 
 
 def installed_versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from dsd.contracts import Example, ImageInput, ManifestError, OptionError
-from dsd.evaluate import Result
+from dsd.evaluate import Result, write_bytes
 from dsd.explanation import Explanation, TextDifference, data_uri
 from dsd.images import load_image
 from dsd.metrics import Choice, choices
@@ -70,22 +70,6 @@ def check_suffix(path: str | PathLike[str]) -> str:
     if suffix not in SUFFIXES:
         raise OptionError(f"got the file {str(path)!r}, expected a name that ends in {', '.join(SUFFIXES)}")
     return suffix
-
-
-def write_bytes(path: str | PathLike[str], content: bytes) -> None:
-    """Writes a file whole or not at all, making folders as needed.
-
-    Raises:
-        OptionError: It cannot be written.
-    """
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        part.write_bytes(content)
-        part.replace(target)
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be written ({error.strerror}), expected a path to a new file") from None
 
 
 def _arrays(shown: Shown) -> bytes:

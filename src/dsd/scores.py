@@ -330,6 +330,11 @@ class Score:
         parts = self.parts(caption, empty, steps)
         return torch.stack([self.terms[kind] * value for kind, value in parts.items()]).sum(0)
 
+    @property
+    def sees_noise(self) -> bool:
+        """Whether it depends on how well the noise is predicted, and not on attention alone."""
+        return self._features is not None or any(kind in ("denoising", "paper") for kind in self.terms)
+
     def by_layer(
         self, caption: Pass, empty: Pass | None, steps: Int[Tensor, " n"] | None = None
     ) -> dict[str, Float[Tensor, " n"]]:
