@@ -507,16 +507,16 @@ def _margins(result: Result) -> np.ndarray:
 
 
 def write_text(path: str | PathLike[str], text: str) -> None:
+    """Writes a file in UTF-8; see :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_bytes(path: str | PathLike[str], data: bytes) -> None:
     """Writes a file whole or not at all, making folders as needed.
 
     Raises:
         OptionError: The path cannot be written.
     """
-    write_bytes(path, text.encode("utf-8", "replace"))
-
-
-def write_bytes(path: str | PathLike[str], data: bytes) -> None:
-    """As :func:`write_text`, of bytes."""
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

@@ -275,7 +275,8 @@ class _Drawer:
             e, t = self._noise[at], steps[at]
             noised = backbone.add_noise(self._latent[None].expand_as(e), e, t)
             text = states.select([0] * len(t))
-            with Probe(backbone.denoiser, layers, text.own, maps=True, heads=self._config.heads) as probe:
+            looking = {"direction": scorer.score.config.direction, "maps": True, "heads": self._config.heads}
+            with Probe(backbone.denoiser, layers, text.own, text.mask, **looking) as probe:
                 backbone.predict_noise(noised, t, text)
             part = torch.zeros_like(total)
             for record in probe.records.values():
