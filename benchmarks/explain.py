@@ -248,13 +248,14 @@ def page(o: argparse.Namespace, cells: dict[str, dict[str, Any]]) -> str:
 
 
 def chosen(cells: dict[str, dict[str, Any]]) -> str:
-    """The method that is best on the split to choose on."""
-    totals: dict[str, float] = {}
+    """The method that is best on the split to choose on, over the levels on which every method was measured."""
+    totals: dict[str, dict[str, float]] = {}
     for cell in cells.values():
         if not cell["taught"]:
             of = [cell["val"][kind][name]["value"] for kind in KINDS for name in GOALS]
-            totals[cell["method"]] = totals.get(cell["method"], 0.0) + sum(of)
-    return max(totals, key=lambda method: totals[method])
+            totals.setdefault(cell["method"], {})[cell["level"]] = sum(of)
+    shared = set.intersection(*(set(levels) for levels in totals.values()))
+    return max(totals, key=lambda method: sum(totals[method][level] for level in shared))
 
 
 if __name__ == "__main__":

@@ -115,12 +115,12 @@ def test_explanation_of_other_sizes(pipe: Pipe) -> None:
 def test_start_end_and_padding_are_left_out(matcher: Matcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up attention: nearly all of it on the start, and of the rest, "dog" left and "cat" right."""
 
-    def record(self: Any, layer: Any, query: torch.Tensor, key: torch.Tensor) -> probe.LayerRecord:
-        positions = query.shape[1]
-        side = round(positions**0.5)
-        maps = torch.full((1, side, side, key.shape[1]), 1e-4)
+    def record(self: Any, parts: dict[str, torch.Tensor]) -> probe.LayerRecord:
+        side = round(parts["query"].shape[2] ** 0.5)
+        tokens = parts["text key"].shape[2]
+        maps = torch.full((1, side, side, tokens), 1e-4)
         maps[..., 0] = 1.0
-        maps[..., 4:] = torch.rand(1, side, side, key.shape[1] - 4)
+        maps[..., 4:] = torch.rand(1, side, side, tokens - 4)
         maps[..., 2] = 0.005
         maps[:, -side // 4 :, -side // 4 :, 2] = 0.007  # a little more in one corner than elsewhere
         maps[:, :, : side // 2, 1] = 0.02
@@ -128,7 +128,7 @@ def test_start_end_and_padding_are_left_out(matcher: Matcher, monkeypatch: pytes
         maps[:, : side // 2, :, 1:4] /= 10  # the rest goes to the start: the words' shares of what is left stay
         return probe.LayerRecord(torch.zeros(1, 1), torch.zeros(1, 1), maps.flatten(1, 2))
 
-    monkeypatch.setattr(probe.Probe, "_record", record)
+    monkeypatch.setattr(probe.Probe, "_of_image", record)
     config = ExplainConfig("attention", timesteps=(300,), draws=1)
     drawn = word_maps(matcher._scorer, IMAGES[0], "dog and cat", [(0, 1), (1, 2), (2, 3)], config=config)
     dog, and_, cat = drawn / drawn.max((1, 2), keepdims=True)
@@ -395,11 +395,11 @@ def test_images_compared(matcher: Matcher) -> None:
 def test_explanation_leaves_the_model_alone(matcher: Matcher, monkeypatch: pytest.MonkeyPatch) -> None:
     before = matcher.score(IMAGES[0], "cat").scores
     matcher.explain(IMAGES[0], "cat", config=QUICK)
-    record = probe.Probe._record
-    monkeypatch.setattr(probe.Probe, "_record", lambda *_: 1 / 0)
+    record = probe.Probe._of_image
+    monkeypatch.setattr(probe.Probe, "_of_image", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         matcher.explain(IMAGES[0], "cat", config=QUICK)
-    monkeypatch.setattr(probe.Probe, "_record", record)
+    monkeypatch.setattr(probe.Probe, "_of_image", record)
     scorer = Scorer(matcher.backbone, matcher.score_config)
     assert scorer.predict([(IMAGES[0], "cat")]) == pytest.approx(before[0], abs=1e-5)
     hooks = [h for m in matcher.backbone.denoiser.modules() for h in m._forward_hooks]
