@@ -229,7 +229,7 @@ def page(o: argparse.Namespace, cells: dict[str, dict[str, Any]]) -> str:
     if cells:
         best = chosen(cells)
         lines += [
-            f"Best on `val`, by the sum of both figures for phrases and nouns, both levels, zero-shot: `{best}`.",
+            f"Best on `val` by the sum of all figures, zero-shot, where every method was measured: `{best}`.",
             "",
         ]
         for level in o.levels:
