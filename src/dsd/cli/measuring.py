@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dsd.contracts import Example
+    from dsd.evaluate import Result
+    from dsd.matcher import Matcher
     from dsd.scores import ScoreConfig
     from dsd.trial import Lesson
     from dsd.work import Cost
@@ -54,6 +56,12 @@ def add(commands: Commands) -> None:
         help="also save the whole result, scores included; into a folder with the scores as Parquet too, and part by "
         "part, so that the same command goes on where it was stopped",
     )
+    evaluate.add_argument(
+        "--report", metavar="FILE.html", help="also show the worst and the closest examples; a folder for --out has it"
+    )
+    evaluate.add_argument(
+        "--failures", type=int, default=6, metavar="N", help="how many of each kind it shows (default: %(default)s)"
+    )
     group = evaluate.add_argument_group("few-shot")
     group.add_argument("--shots", type=int, metavar="N", help="learn from N examples before measuring")
     group.add_argument(
@@ -76,6 +84,10 @@ def _eval(a: argparse.Namespace) -> None:
     from dsd.evaluate import SCORES, check_parquet, claim, dataset_checksum, evaluate
     from dsd.report import format_interval
 
+    if a.failures < 0:
+        raise OptionError(f"got --failures {a.failures}, expected 0 or more")
+    if a.report is not None and not a.report.endswith((".html", ".htm")):
+        raise OptionError(f"got --report {a.report}, expected a name that ends in .html")
     folder = None if a.out is None or a.out.endswith(".json") else a.out
     if folder is not None:
         check_parquet()
@@ -103,6 +115,7 @@ def _eval(a: argparse.Namespace) -> None:
         result.save_scores(os.path.join(folder, SCORES))
     elif a.out is not None:
         result.save(a.out)
+    _report(a, folder, matcher, result, examples)
     if a.format == "json":
         values = result.to_dict()
         values.pop("examples")
@@ -118,6 +131,25 @@ def _eval(a: argparse.Namespace) -> None:
     print_table(rows, ("metric", "value [95 %]", "n"))
     if result.ties or result.nans:
         print(f"{result.ties} choices with a shared best score (each counts 1/k), {result.nans} scores that are NaN")
+
+
+def _report(
+    a: argparse.Namespace, folder: str | None, matcher: Matcher, result: Result, examples: Sequence[Example]
+) -> None:
+    """Writes the page of failures to wherever it is wanted."""
+    from dsd.evaluate import write_text
+    from dsd.explanation import ExplainConfig
+    from dsd.pages import failure_page
+
+    paths = [path for path in (a.report, folder and os.path.join(folder, "report.html")) if path]
+    if not paths:
+        return
+    config = ExplainConfig(draws=2, words=False)
+    page = failure_page(
+        result, examples, lambda image, text: matcher.explain(image, text, config=config), count=a.failures
+    )
+    for path in paths:
+        write_text(path, page)
 
 
 def _examples(a: argparse.Namespace) -> tuple[list[Example], list[np.ndarray | None] | None, dict[str, Any]]:
