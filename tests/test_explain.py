@@ -282,7 +282,18 @@ def test_shares_of_learned_weights_sum_to_the_score(matcher: Matcher) -> None:
     shares = scorer.shares(IMAGES[0], "a red cat")
     assert set(shares) == {*features.layers, "denoising"}
     (score,) = scorer.predict([(IMAGES[0], "a red cat")])
-    assert np.sum([*shares.values()]) == pytest.approx(score, abs=1e-3)
+    assert sum(v for share in shares.values() for v in share.values()) == pytest.approx(score, abs=1e-3)
+
+
+def test_shares_of_a_score_with_that_of_the_bare_model(pipe: Pipe) -> None:
+    bare = ScoreConfig("denoising", (200, 700))
+    matcher = Matcher.from_pretrained(pipe(), score=ScoreConfig("attention", (200,), bare=bare, bare_weight=2.0))
+    found = matcher.explain(IMAGES[0], "a red cat", config=WORDS)
+    alone = Matcher(matcher.backbone, bare).score(IMAGES[0], "a red cat").scores[0, 0]
+    assert found.by_layer["bare denoising"] == pytest.approx(2 * float(alone), abs=1e-4)
+    assert list(found.by_timestep) == [200, 700]
+    assert sum(found.by_timestep.values()) == pytest.approx(found.score, abs=1e-4)
+    assert sum(found.by_layer.values()) == pytest.approx(found.score, abs=1e-4)
 
 
 def test_a_caption_of_one_word(pipe: Pipe) -> None:
