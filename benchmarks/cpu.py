@@ -91,6 +91,7 @@ def page(out: Path, values: dict[str, Any]) -> str:
     """The results as Markdown."""
     timed = {name: value for name, value in values.items() if isinstance(value, dict) and "seconds" in value}
     rows = [{"what": n, "seconds": v["seconds"], "peak, GB": v["peak, GB"]} for n, v in timed.items()]
+    no_step = "\nThe few-shot step is not measured yet: `--phases step` adds it.\n"
     return f"""# A full-size model on a CPU
 
 Stable Diffusion 2.1-base by its published configuration, with random weights: {values["pixels"]} pixels a side,
@@ -101,7 +102,7 @@ candidates, with gradient checkpointing; a look at one held-out example before a
 that of the process so far, weights and Python included. Made by `python benchmarks/cpu.py --out {out}`.
 
 {table(rows, list(rows[0]))}
-"""
+{"" if "few-shot step" in values else no_step}"""
 
 
 def main() -> None:
