@@ -686,6 +686,9 @@ def test_directions_that_there_are_not() -> None:
     for kind in ("sd1", "sdxl", "pixart-sigma"):
         with pytest.raises(OptionError, match="joint attention"):
             Score(backbone_of(kind), ScoreConfig("attention", direction="text"))
+    for direction in ("image", "text"):
+        config = ScoreConfig("attention", direction=direction)
+        assert ScoreConfig.from_dict(config.to_dict()) == config
     with pytest.raises(OptionError, match="expected one of image, text"):
         ScoreConfig("attention", direction="both")
     for kind in JOINT:

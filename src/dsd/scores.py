@@ -196,7 +196,10 @@ class ScoreConfig:
         return dict(self.weights or {self.kind: 1.0})
 
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        if self.direction == "image":  # what it was before there was a choice, and is in files of that time
+            del values["direction"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreConfig:
