@@ -385,12 +385,12 @@ def test_start_end_and_padding_are_left_out(matcher: Matcher, monkeypatch: pytes
     """Made-up attention: nearly all of it on the start, and of the rest, "dog" left and "cat" right."""
     from dsd import explain, probe
 
-    def record(self: Any, layer: Any, query: torch.Tensor, key: torch.Tensor) -> probe.LayerRecord:
-        positions = query.shape[1]
+    def record(self: Any, parts: dict[str, torch.Tensor]) -> probe.LayerRecord:
+        positions, tokens = parts["query"].shape[2], parts["text key"].shape[2]
         side = round(positions**0.5)
-        maps = torch.full((1, side, side, key.shape[1]), 1e-4)
+        maps = torch.full((1, side, side, tokens), 1e-4)
         maps[..., 0] = 1.0
-        maps[..., 4:] = torch.rand(1, side, side, key.shape[1] - 4)
+        maps[..., 4:] = torch.rand(1, side, side, tokens - 4)
         maps[..., 2] = 0.005
         maps[:, -side // 4 :, -side // 4 :, 2] = 0.007  # a little more in one corner than elsewhere
         maps[:, :, : side // 2, 1] = 0.02
@@ -398,7 +398,7 @@ def test_start_end_and_padding_are_left_out(matcher: Matcher, monkeypatch: pytes
         maps[:, : side // 2, :, 1:4] /= 10  # the rest goes to the start: the words' shares of what is left stay
         return probe.LayerRecord(torch.zeros(1, 1), torch.zeros(1, 1), maps.flatten(1, 2))
 
-    monkeypatch.setattr(probe.Probe, "_record", record)
+    monkeypatch.setattr(probe.Probe, "_of_image", record)
     dog, and_, cat = explain.word_maps(matcher._scorer, IMAGES[0], "dog and cat").maps
     half = PIXELS // 2
     assert dog[:, : half - 3].min() > 0.6
