@@ -1,8 +1,8 @@
 """The playground and the HTTP API: a matcher behind a web server.
 
-    from dsd.web import ServeConfig, create_app
+from dsd.web import ServeConfig, create_app
 
-    app = create_app(matcher, ServeConfig())      # any ASGI server runs it; `dsd serve` does so with uvicorn
+app = create_app(matcher, ServeConfig())      # any ASGI server runs it; `dsd serve` does so with uvicorn
 """
 
 from importlib import import_module

@@ -29,7 +29,7 @@ from dsd.web.wire import HttpError
 from dsd.web.worker import Worker
 
 T = TypeVar("T")
-R = TypeVar("R", bound=wire._Request)
+R = TypeVar("R", bound=wire.Body)
 
 log = logging.getLogger("dsd.web")
 
@@ -49,7 +49,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     421: {"model": wire.Error, "description": "Asked under a name that is not this server's"},
     422: {"model": wire.Error, "description": "An image, a text or an option that cannot be met"},
     429: {"model": wire.Error, "description": "The queue is full; Retry-After says when to ask again"},
-    503: {"model": wire.Error, "description": "Busy, stopping, or not done in time; Retry-After says when to ask again"},
+    503: {
+        "model": wire.Error,
+        "description": "Busy, stopping, or not done in time; Retry-After says when to ask again",
+    },
 }
 
 
@@ -181,7 +184,7 @@ def create_app(
 
 
 def _add_api(app: FastAPI, service: Service) -> None:
-    def post(path: str, kind: type[wire._Request], answer: type[BaseModel], summary: str) -> Callable[..., Any]:
+    def post(path: str, kind: type[wire.Body], answer: type[BaseModel], summary: str) -> Callable[..., Any]:
         return app.post(
             f"/v1/{path}",
             response_model=answer,
@@ -284,7 +287,7 @@ def explained(explanation: Any, side: int) -> dict[str, Any]:
     return found
 
 
-def request_body(kind: type[wire._Request]) -> dict[str, Any]:
+def request_body(kind: type[wire.Body]) -> dict[str, Any]:
     """The body of a request in OpenAPI: JSON, or a form whose images are files."""
     schema = kind.model_json_schema()
     example = schema.pop("examples")[0]
@@ -337,4 +340,6 @@ def _handle_errors(app: FastAPI) -> None:
     add(HttpError, lambda error: error)
     add(DsdError, HttpError.of)
     add(HTTPException, unrouted)
-    add(RequestValidationError, lambda error: HttpError(422, "option", f"got {str(error.errors()[0])[:200]}; see /docs"))
+    add(
+        RequestValidationError, lambda error: HttpError(422, "option", f"got {str(error.errors()[0])[:200]}; see /docs")
+    )

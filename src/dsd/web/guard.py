@@ -23,7 +23,9 @@ class Meters:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter("dsd_requests", "Answers, by route and status", ["route", "status"], registry=self.registry)
+        self.requests = Counter(
+            "dsd_requests", "Answers, by route and status", ["route", "status"], registry=self.registry
+        )
         self.seconds = Histogram(
             "dsd_request_seconds",
             "From a request's arrival to its answer",
@@ -131,9 +133,7 @@ class Guard:
                     {"WWW-Authenticate": "Bearer"},
                 )
         if self._active > self.config.connections and path != "/v1/health":
-            return HttpError(
-                503, "busy", f"got more than {self.config.connections} requests at once; ask again later"
-            )
+            return HttpError(503, "busy", f"got more than {self.config.connections} requests at once; ask again later")
         return None
 
 

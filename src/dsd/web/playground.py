@@ -25,7 +25,7 @@ from dsd.web.wire import HttpError
 _SCENES = 24
 
 
-class PictureRequest(wire._Request):
+class PictureRequest(wire.Body):
     """An image, to be seen as the model sees it."""
 
     files = ("image",)
@@ -34,7 +34,7 @@ class PictureRequest(wire._Request):
     model: wire.Model
 
 
-class DrawRequest(wire._Request):
+class DrawRequest(wire.Body):
     """A scene from a caption."""
 
     text: wire.Caption
@@ -42,7 +42,7 @@ class DrawRequest(wire._Request):
     model: wire.Model
 
 
-class Pair(wire._Request):
+class Pair(wire.Body):
     """A pair, and whether it is right."""
 
     image: wire.ImageText
@@ -50,7 +50,7 @@ class Pair(wire._Request):
     right: StrictBool
 
 
-class LessonRequest(wire._Request):
+class LessonRequest(wire.Body):
     """What to learn from and how."""
 
     marks: list[Pair] = Field(default_factory=list)
@@ -125,7 +125,9 @@ def add_playground(app: FastAPI, service: Service) -> None:
         for mark in asked.marks:
             if len(mark.text) > service.config.max_caption or not mark.text.strip():
                 raise HttpError(422, "text", "got a caption that is empty or too long among the marks")
-        images = dict(zip(texts := list({m.image for m in asked.marks}), await service.images(texts, name), strict=True))
+        images = dict(
+            zip(texts := list({m.image for m in asked.marks}), await service.images(texts, name), strict=True)
+        )
         marks = [Mark(images[m.image], m.text, m.right) for m in asked.marks]
         lesson = await lessons.start(name, marks, asked.scenes, asked.method, asked.score, service.done)
         return {"id": lesson.id, "name": lesson.name}

@@ -97,14 +97,14 @@ Model = Annotated[
 ]
 
 
-class _Request(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     files: ClassVar[tuple[str, ...]] = ()
     """Fields that a form may bring as files."""
 
 
-class ScoreRequest(_Request):
+class ScoreRequest(Body):
     """Every image against every text."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"images": [_PNG], "texts": [_RED, _BLUE]}]})
@@ -115,7 +115,7 @@ class ScoreRequest(_Request):
     model: Model
 
 
-class PredictRequest(_Request):
+class PredictRequest(Body):
     """Some pairs of images and texts, by their indices."""
 
     model_config = ConfigDict(
@@ -131,7 +131,7 @@ class PredictRequest(_Request):
     model: Model
 
 
-class RankRequest(_Request):
+class RankRequest(Body):
     """Texts for one image, or images for one text, best first."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"images": [_PNG], "texts": [_RED, _BLUE]}]})
@@ -142,7 +142,7 @@ class RankRequest(_Request):
     model: Model
 
 
-class ExplainRequest(_Request):
+class ExplainRequest(Body):
     """Where in an image each word of a text is seen."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"image": _PNG, "text": _RED}]})
@@ -154,7 +154,7 @@ class ExplainRequest(_Request):
     side: StrictInt = Field(default=64, ge=8, le=1024, description="Maps come with at most so many pixels a side.")
 
 
-class CompareRequest(_Request):
+class CompareRequest(Body):
     """Where two captions of one image, or two images of one caption, disagree."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"images": [_PNG], "texts": [_RED, _BLUE]}]})
@@ -238,7 +238,7 @@ class Error(BaseModel):
     error: ErrorDetail
 
 
-R = TypeVar("R", bound=_Request)
+R = TypeVar("R", bound=Body)
 
 
 async def read_body(request: Request, config: ServeConfig) -> bytes:
@@ -283,7 +283,7 @@ async def read_request(request: Request, kind: type[R], config: ServeConfig) -> 
     return found
 
 
-async def _form(request: Request, data: bytes, kind: type[_Request], config: ServeConfig) -> dict[str, Any]:
+async def _form(request: Request, data: bytes, kind: type[Body], config: ServeConfig) -> dict[str, Any]:
     async def stream() -> AsyncIterator[bytes]:
         yield data
 
@@ -297,7 +297,9 @@ async def _form(request: Request, data: bytes, kind: type[_Request], config: Ser
     try:
         form = await parser.parse()
     except MultiPartException as error:
-        raise HttpError(400, "option", f"got a form that cannot be read ({error.message}), expected a whole one") from None
+        raise HttpError(
+            400, "option", f"got a form that cannot be read ({error.message}), expected a whole one"
+        ) from None
     except Exception as error:  # the parser raises nearly anything on broken data
         raise HttpError(
             400, "option", f"got a form that cannot be read ({type(error).__name__}), expected a whole one"
@@ -335,7 +337,7 @@ def _too_large(got: str, limit: int, unit: str) -> HttpError:
     return HttpError(413, "too_large", f"got {got}, expected at most {limit:,} {unit}; send less at once")
 
 
-def _check_counts(request: _Request, config: ServeConfig) -> None:
+def _check_counts(request: Body, config: ServeConfig) -> None:
     images, texts = (list(getattr(request, name, ())) for name in ("images", "texts"))
     texts += [request.text] if isinstance(request, ExplainRequest) else []
     pairs = getattr(request, "pairs", None)
