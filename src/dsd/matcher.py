@@ -34,7 +34,8 @@ from dsd.contracts import (
     ScoreTable,
     image_name,
 )
-from dsd.explain import WordMaps, word_maps
+from dsd.explain import compare_images, compare_texts, explain
+from dsd.explanation import ExplainConfig, Explanation, ImageDifference, TextDifference
 from dsd.learn import FitConfig
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
@@ -318,9 +319,31 @@ class Matcher:
 
     # Understanding
 
-    def explain(self, image: ImageInput, text: str) -> WordMaps:
-        """Where in the image each word of a caption is seen; see :func:`dsd.explain.word_maps`."""
-        return word_maps(self._scorer, image, text)
+    def explain(
+        self,
+        image: ImageInput,
+        text: str,
+        *,
+        config: ExplainConfig | None = None,
+        phrases: Sequence[str] | None = None,
+    ) -> Explanation:
+        """Where in the image each word and phrase of a caption is seen, and what the score is made of.
+
+        See :func:`dsd.explain.explain`.
+        """
+        return explain(self._scorer, image, text, config=config, phrases=phrases)
+
+    def compare_texts(
+        self, image: ImageInput, text_a: str, text_b: str, *, config: ExplainConfig | None = None
+    ) -> TextDifference:
+        """Where two captions of one image disagree, and which words decide; see :func:`dsd.explain.compare_texts`."""
+        return compare_texts(self._scorer, image, text_a, text_b, config=config)
+
+    def compare_images(
+        self, text: str, image_a: ImageInput, image_b: ImageInput, *, config: ExplainConfig | None = None
+    ) -> ImageDifference:
+        """Why a caption fits one image better than another; see :func:`dsd.explain.compare_images`."""
+        return compare_images(self._scorer, text, image_a, image_b, config=config)
 
 
 def _is_file(text: str) -> bool:

@@ -117,14 +117,21 @@ class Probe:
         layers: Names of :func:`cross_attention_layers`.
         own: (n, tokens), the caption's own tokens of each row of the batch.
         maps: Keep attention maps too (positions x tokens a row and layer).
+        heads: Which of each layer's heads the maps are averaged over; None takes all.
 
     Raises:
         ModelError: If the denoiser has no cross-attention.
-        OptionError: If a layer's name is unknown.
+        OptionError: If a layer's name is unknown, or it has no such head.
     """
 
     def __init__(
-        self, denoiser: nn.Module, layers: Sequence[str], own: Bool[Tensor, "n tokens"], *, maps: bool = False
+        self,
+        denoiser: nn.Module,
+        layers: Sequence[str],
+        own: Bool[Tensor, "n tokens"],
+        *,
+        maps: bool = False,
+        heads: Sequence[int] | None = None,
     ) -> None:
         known = cross_attention_layers(denoiser)
         unknown = [name for name in layers if name not in known]
@@ -133,6 +140,10 @@ class Probe:
         self._layers = {name: known[name] for name in layers}
         self._own = own
         self._maps = maps
+        few = min((layer.heads for layer in self._layers.values()), default=1)
+        if heads is not None and not all(0 <= h < few for h in heads):
+            raise OptionError(f"got heads {list(heads)}, expected some of 0 to {few - 1}, which every chosen layer has")
+        self._heads = slice(None) if heads is None else list(heads)
         self._heard: dict[str, tuple[Tensor, Tensor]] = {}
         self._records: dict[str, LayerRecord] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -196,5 +207,5 @@ class Probe:
             return LayerRecord(
                 own=logits.masked_fill(~own, float("-inf")).logsumexp(-1).mean(-1),
                 all=logits.logsumexp(-1).mean(-1),
-                maps=logits.softmax(-1).mean(1) if self._maps else None,
+                maps=logits[:, self._heads].softmax(-1).mean(1) if self._maps else None,
             )

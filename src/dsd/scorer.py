@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -200,6 +200,66 @@ class Scorer:
                     self._passes(pairs[start : start + self.CHUNK], features, noise, take, bar)
         self._check_finite(pairs, np.asarray(np.isfinite(found).all((0, 2, 3))))
         return found
+
+    # Understanding
+
+    def shares(self, image: ImageInput, text: str) -> dict[str, Float[np.ndarray, " timesteps"]]:
+        """A pair's score split by layer (and ``denoising``) and timestep: float64 parts that sum to the score.
+
+        Raises:
+            ImageError, TextError: If the image or the caption cannot be scored.
+        """
+        check_text(text)
+        count = len(self.score.config.timesteps)
+        found: dict[str, np.ndarray] = {}
+
+        def take(_index: list[int], step: Tensor, made: Pass, empty: Pass | None) -> None:
+            for name, values in self.score.by_layer(made, empty, step).items():
+                rows = found.setdefault(name, np.zeros(count))
+                rows[step.cpu().numpy()] = values.double().cpu().numpy() / count
+
+        with tqdm(disable=True) as bar:
+            self._passes([(image, text)], self.score, self.noise, take, bar)
+        return found
+
+    @torch.no_grad()
+    def errors(
+        self, latent: Float[Tensor, "c h w"], text: str, timesteps: Int[Tensor, " n"], noise: Latents
+    ) -> Latents:
+        """What the denoiser gets wrong of the noise under one picture given a caption: ``e - eps(z_t, t, c)``.
+
+        Args:
+            latent: Of the picture.
+            text: The caption; "" is the empty one.
+            timesteps: One a row.
+            noise: (n, c, h, w), one a row.
+
+        Returns:
+            (n, c, h, w) float32.
+        """
+        (states,) = self.texts([text])
+        steps = timesteps.to(self.backbone.device)
+        made: list[Tensor] = []
+
+        def run(at: slice) -> None:
+            e, t = noise[at], steps[at]
+            found = noised_pass(self.backbone, latent[None].expand_as(e), e, t, states.select([0] * len(t)))
+            made.append(found.noise - found.predicted)
+
+        self.in_parts(len(steps), run)
+        return torch.cat(made)
+
+    def in_parts(self, rows: int, run: Callable[[slice], None]) -> None:
+        """Calls ``run`` with consecutive slices of so many rows that fit the memory."""
+        done = 0
+
+        def part(count: int) -> None:
+            nonlocal done
+            run(slice(done, min(done + count, rows)))
+            done += count
+
+        while done < rows:
+            self._fit_memory(part)
 
     def _check_finite(self, pairs: Sequence[Pair], finite: np.ndarray) -> None:
         if not finite.all():

@@ -224,6 +224,13 @@ class Features:
         own, all_ = (torch.cat([getattr(r, what) for r in records], 1) for what in ("own", "all"))
         return torch.cat([own, own - all_, denoising(caption, empty)[:, None]], 1)
 
+    def by_layer(self, values: Float[Tensor, "n features"]) -> dict[str, Float[Tensor, " n"]]:
+        """Sums of weighted features over the heads of each layer, and ``denoising``."""
+        heads = sum(self._heads)
+        own, mass, rest = values.split([heads, heads, 1], 1)
+        of = (own + mass).split(self._heads, 1)
+        return {**{name: part.sum(1) for name, part in zip(self.layers, of, strict=True)}, "denoising": rest[:, 0]}
+
     def weights_of(self, terms: Mapping[str, float]) -> Float[Tensor, " features"]:
         """The weights that make a sum of scores, over the same layers.
 
@@ -323,8 +330,37 @@ class Score:
         parts = self.parts(caption, empty, steps)
         return torch.stack([self.terms[kind] * value for kind, value in parts.items()]).sum(0)
 
+    def by_layer(
+        self, caption: Pass, empty: Pass | None, steps: Int[Tensor, " n"] | None = None
+    ) -> dict[str, Float[Tensor, " n"]]:
+        """The score split by what it looks at: of each probed layer its share, and of ``denoising``; they sum to it.
+
+        The attention scores are means over layers, so that a layer's share is its own mean over their number.
+        """
+        if self._features is not None and self.weights is not None:
+            assert steps is not None
+            return self._features.by_layer(self._features(caption, empty) * self.weights[steps])
+        shares: dict[str, Tensor] = {}
+        for kind, weight in self.terms.items():
+            for part in ("paper-attention", "denoising") if kind == "paper" else (kind,):
+                if part == "denoising":
+                    shares[part] = shares.get(part, 0) + weight * denoising(caption, empty)
+                    continue
+                names = self._layers[kind]
+                for name in names:
+                    alone = [None if p is None else _only(p, [name]) for p in (caption, empty)]
+                    assert alone[0] is not None
+                    value = SCORES[part].function(alone[0], alone[1]) / len(names)
+                    shares[name] = shares.get(name, 0) + weight * value
+        return shares
+
     def _view(self, kind: str, made: Pass | None) -> Any:
         """The pass with only the layers that a term looks at."""
         if made is None or kind not in self._layers or not made.records:
             return made
-        return Pass(made.noise, made.predicted, {name: made.records[name] for name in self._layers[kind]})
+        return _only(made, self._layers[kind])
+
+
+def _only(made: Pass, layers: Sequence[str]) -> Pass:
+    """A pass with the records of some of its layers."""
+    return Pass(made.noise, made.predicted, {name: made.records[name] for name in layers if name in made.records})
