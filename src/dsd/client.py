@@ -34,7 +34,8 @@ from dsd.contracts import (
     TextError,
     image_name,
 )
-from dsd.images import content_hash, load_image, resize_crop
+from dsd.explanation import Change, Explanation, ImageDifference, Phrase, TextDifference
+from dsd.images import content_hash, decode_image, load_image, resize_crop
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,6 +54,8 @@ _KINDS: dict[str, type[DsdError]] = {
 }
 _AGAIN = frozenset({429, 502, 503, 504})
 """Statuses that say "not now"; scoring changes nothing on a server, so it can be asked again."""
+_SIDE = 1024
+"""Pixels a side of maps at most."""
 _LONGEST = 10.0
 """Seconds that a try waits for the next at most, whatever the server says."""
 
@@ -223,11 +226,45 @@ class Client:
 
     # Understanding
 
-    def explain(self, image: ImageInput, text: str) -> Any:
+    def explain(self, image: ImageInput, text: str) -> Explanation:
         """Where in the image each word of a caption is seen; see :meth:`dsd.Matcher.explain`."""
         _check_texts([text])
         sent = self._send([image])
-        return self._post("explain", image=sent.files[sent.keys[0]], text=text)
+        return _explanation(self._post("explain", image=sent.files[sent.keys[0]], text=text, side=_SIDE))
+
+    def compare_texts(self, image: ImageInput, text_a: str, text_b: str) -> TextDifference:
+        """Where two captions of one image disagree; see :meth:`dsd.Matcher.compare_texts`."""
+        _check_texts([text_a, text_b])
+        sent = self._send([image])
+        found = self._post("compare", images=[sent.files[sent.keys[0]]], texts=[text_a, text_b], side=_SIDE)
+        a = _explanation(found["a"])
+        return TextDifference(
+            a,
+            _explanation({**found["b"], "image": found["a"]["image"]}),
+            found["difference"],
+            np.array(found["map"], np.float32),
+            found["strength"],
+            tuple(
+                Change(**{**change, "span_a": tuple(change["span_a"]), "span_b": tuple(change["span_b"])})
+                for change in found["changes"]
+            ),
+            {int(t): v for t, v in found["by_timestep"].items()},
+            found["by_layer"],
+        )
+
+    def compare_images(self, text: str, image_a: ImageInput, image_b: ImageInput) -> ImageDifference:
+        """Why a caption fits one image better than another; see :meth:`dsd.Matcher.compare_images`."""
+        _check_texts([text])
+        sent = self._send([image_a, image_b])
+        found = self._post("compare", images=[sent.files[key] for key in sent.keys], texts=[text], side=_SIDE)
+        return ImageDifference(
+            _explanation(found["a"]),
+            _explanation(found["b"]),
+            found["difference"],
+            _by_word(found["by_word"]),
+            {int(t): v for t, v in found["by_timestep"].items()},
+            found["by_layer"],
+        )
 
     # Over the wire
 
@@ -316,6 +353,31 @@ def _content(answer: Any, url: str) -> Any:
             f"got status {answer.status_code} and no answer of dsd from {url}, expected a dsd server; check the address"
         ) from None
     raise _KINDS.get(code, ServiceError)(message)
+
+
+def _explanation(values: Mapping[str, Any]) -> Explanation:
+    """What :meth:`dsd.explanation.Explanation.to_dict` made plain; maps have its four decimals."""
+    data = base64.b64decode(values["image"].partition(",")[2])
+    phrases = [Phrase(p["text"], p["start"], p["stop"], np.array(p["map"], np.float32)) for p in values["phrases"]]
+    left, top, right, bottom = values["crop"]
+    return Explanation(
+        image=decode_image(data, name="the server's picture"),
+        text=values["text"],
+        words=tuple(values["words"]),
+        maps=np.array(values["maps"], np.float32),
+        strength=np.array(values["strength"], np.float32),
+        phrases=tuple(phrases),
+        score=values["score"],
+        by_timestep={int(t): v for t, v in values["by_timestep"].items()},
+        by_layer=values["by_layer"],
+        by_word=_by_word(values["by_word"]),
+        crop=(left, top, right, bottom),
+        config=values["config"],
+    )
+
+
+def _by_word(values: Sequence[float | None]) -> np.ndarray:
+    return np.array([np.nan if v is None else v for v in values], np.float32)
 
 
 def _check_texts(texts: Sequence[str]) -> None:

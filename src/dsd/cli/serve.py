@@ -40,16 +40,16 @@ def add(commands: Commands) -> None:
 
 
 def _serve(a: argparse.Namespace) -> None:
-    missing = (
-        "got an installation without the server, expected its packages; pip install 'discriminative-diffusion[serve]'"
-    )
     try:
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
-        raise OptionError(missing) from None
+        raise OptionError(
+            "got an installation without the server, expected its packages; pip install "
+            "'discriminative-diffusion[serve]'"
+        ) from None
     from dsd.web.config import ServeConfig
 
     given = {"max_pairs": a.max_pairs, "timeout": a.timeout, "queue": a.queue, "batch": a.batch}

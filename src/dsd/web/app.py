@@ -51,7 +51,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     429: {"model": wire.Error, "description": "The queue is full; Retry-After says when to ask again"},
     503: {
         "model": wire.Error,
-        "description": "Busy, stopping, or not done in time; Retry-After says when to ask again",
+        "description": "Busy, stopping, or too slow; Retry-After says when to ask again",
     },
 }
 
@@ -93,6 +93,7 @@ class Service:
                     name=name,
                     default=name == self._shelf.default,
                     calibrated=scale_of(matcher) is not None,
+                    scale=scale_of(matcher),
                     adapter=getattr(matcher, "adapter", None) is not None,
                     taught=name in self.taught,
                     explains=hasattr(matcher, "explain"),
@@ -197,7 +198,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
         )
 
     def get(path: str, **options: Any) -> Callable[..., Any]:
-        errors = {status: _ERRORS[status] for status in (401, 403, 421, 503)}
+        errors: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 403, 421, 503)}
         return app.get(f"/v1/{path}", operation_id=path, responses=errors, tags=["server"], **options)
 
     @get("health", summary="Whether the server answers", response_model=wire.Health)
@@ -274,6 +275,19 @@ def _add_api(app: FastAPI, service: Service) -> None:
         )
         return {"model": name, **found}
 
+    @post("compare", wire.CompareRequest, wire.Compared, "Show where two captions, or two images, differ")
+    async def compare(request: Request) -> dict[str, Any]:
+        asked = await service.read(request, wire.CompareRequest)
+        name = explaining(asked.model)
+        images = await service.images(asked.images, name)
+
+        def call(matcher: Any) -> dict[str, Any]:
+            if len(images) == 1:
+                return explained(matcher.compare_texts(images[0], *asked.texts), asked.side)
+            return explained(matcher.compare_images(asked.texts[0], *images), asked.side)
+
+        return {"model": name, **await service.done(service.worker.run(name, call))}
+
     def explaining(asked: str | None) -> str:
         name = service.name_of(asked)
         if not hasattr(service.peek(name), "explain"):
@@ -341,5 +355,6 @@ def _handle_errors(app: FastAPI) -> None:
     add(DsdError, HttpError.of)
     add(HTTPException, unrouted)
     add(
-        RequestValidationError, lambda error: HttpError(422, "option", f"got {str(error.errors()[0])[:200]}; see /docs")
+        RequestValidationError,
+        lambda error: HttpError(422, "option", f"got an option that is not understood: {error.errors()[0]['msg']}"),
     )

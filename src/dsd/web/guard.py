@@ -116,7 +116,7 @@ class Guard:
             return HttpError(
                 421,
                 "forbidden",
-                f"got a request for the host {_name(host)[:80]!r}, expected one of {', '.join(allowed)}; use its address",
+                f"got a request for the host {_name(host)[:80]!r}, expected one of {', '.join(allowed)}",
             )
         origin = headers.get(b"origin", b"").decode("latin-1").lower()
         if origin and urlsplit(origin).netloc != host:  # another site's page asks in its visitor's name

@@ -1,4 +1,4 @@
-"""Lessons of the playground: labelled pairs => an adapter, on a copy of the model, while the original goes on serving."""
+"""Lessons of the playground: labelled pairs => an adapter, learned on a copy while the model goes on serving."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def _examples(marks: Sequence[Mark], scenes: int, seed: int) -> list[Example]:
     """
     seen: dict[tuple[int, str], Mark] = {(id(m.image), m.text): m for m in marks}  # the last word on a pair counts
     rows = [{"image": m.image, "text": m.text, "label": int(m.right)} for m in seen.values()]
-    found = [e for e in read_table(rows, "marks")] if rows else []
+    found = list(read_table(rows, "marks")) if rows else []
     if scenes:
         found += world_task("winoground", "few-shot", "standard", scenes, seed)
     found = [e for e in found if len(e.positives) < len(e.pairs)]

@@ -11,7 +11,7 @@ from anyio import to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, Field, StrictBool, StrictInt
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr
 
 from dsd.contracts import TextError
 from dsd.images import resize_crop
@@ -23,6 +23,8 @@ from dsd.web.lessons import Lessons, Mark
 from dsd.web.wire import HttpError
 
 _SCENES = 24
+_VIEW = 320
+"""Pixels a side of a scene as people see it."""
 
 
 class PictureRequest(wire.Body):
@@ -55,13 +57,16 @@ class LessonRequest(wire.Body):
 
     marks: list[Pair] = Field(default_factory=list)
     scenes: StrictInt = Field(default=0, ge=0, le=128, description="Labelled examples of the world to add.")
-    method: wire.StrictStr = Field(default="prompt", max_length=40)
-    score: wire.StrictStr | None = Field(default=None, max_length=40)
+    method: StrictStr = Field(default="prompt", max_length=40)
+    score: StrictStr | None = Field(default=None, max_length=40)
     model: wire.Model
 
 
 class Picture(BaseModel):
     image: str
+    """What the model sees."""
+    view: str | None = None
+    """The same for people, where there is more to see."""
     by: str
     caption: str | None = None
 
@@ -114,7 +119,9 @@ def add_playground(app: FastAPI, service: Service) -> None:
                 caption=asked.text,
             )
         drawn = resize_crop(world.render(scene, max(world.IMAGE_SIZE, min(size, 512))), size)
-        return Picture(image=_data_url(drawn), by="world", caption=asked.text)
+        return Picture(
+            image=_data_url(drawn), view=_data_url(world.render(scene, _VIEW)), by="world", caption=asked.text
+        )
 
     @route("post", "/playground/lessons", status_code=202)
     async def start(request: Request) -> dict[str, Any]:
@@ -125,9 +132,8 @@ def add_playground(app: FastAPI, service: Service) -> None:
         for mark in asked.marks:
             if len(mark.text) > service.config.max_caption or not mark.text.strip():
                 raise HttpError(422, "text", "got a caption that is empty or too long among the marks")
-        images = dict(
-            zip(texts := list({m.image for m in asked.marks}), await service.images(texts, name), strict=True)
-        )
+        texts = list({mark.image for mark in asked.marks})
+        images = dict(zip(texts, await service.images(texts, name), strict=True))
         marks = [Mark(images[m.image], m.text, m.right) for m in asked.marks]
         lesson = await lessons.start(name, marks, asked.scenes, asked.method, asked.score, service.done)
         return {"id": lesson.id, "name": lesson.name}
@@ -174,5 +180,12 @@ def _scenes(seed: int, count: int) -> list[dict[str, Any]]:
             captions.Claim(captions.Phrase(other, a.shape), relation, second),
         ]
         texts = [captions.say(random.Random(0), claim) for claim in claims]
-        found.append({"image": _data_url(world.render(scene)), "caption": texts[0], "texts": rng.sample(texts, 4)})
+        found.append(
+            {
+                "image": _data_url(world.render(scene)),
+                "view": _data_url(world.render(scene, _VIEW)),
+                "caption": texts[0],
+                "texts": rng.sample(texts, 4),
+            }
+        )
     return found

@@ -177,6 +177,7 @@ class ModelCard(BaseModel):
     name: str
     default: bool
     calibrated: bool = Field(description="Whether probabilities are given.")
+    scale: float | None = Field(description="Turns scores into log-odds: probabilities are softmax(scale x scores).")
     adapter: bool = Field(description="Whether something was learned.")
     taught: bool = Field(description="Whether it was learned in the playground.")
     explains: bool
@@ -225,8 +226,18 @@ class Explained(BaseModel):
 
     model: str
     image: str = Field(description="A PNG as a data URL; maps lie on its pixels.")
+    text: str
     words: list[str]
     maps: list[list[list[float]]] = Field(description="A map a word, rows of values in 0..1.")
+
+
+class Compared(BaseModel):
+    """Both explanations and the difference of the scores, above zero where the first fits better."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    difference: float
 
 
 class ErrorDetail(BaseModel):
@@ -265,7 +276,7 @@ async def read_request(request: Request, kind: type[R], config: ServeConfig) -> 
     media = request.headers.get("content-type", "").split(";")[0].strip().lower()
     data = await read_body(request, config)
     if media == "multipart/form-data":
-        values = await _form(request, data, kind, config)
+        values: dict[str, Any] | bytes = await _form(request, data, kind, config)
     elif media in ("", "application/json"):
         values = data
     else:
