@@ -2,7 +2,7 @@
 
 import { get, post } from "/static/api.js";
 import { compareCaptions, compareModels, offerCaptions, offerModels, wireTabs } from "/static/compare.js";
-import { $, make, percent, softmax, veil } from "/static/dom.js";
+import { $, make, percent, signedNumber, softmax, veil } from "/static/dom.js";
 import { mark, marked, wireTeaching } from "/static/teach.js";
 
 export const state = {
@@ -208,7 +208,7 @@ function show(rows) {
         make("button", { type: "button", class: "say", title: "Show its words", onclick: () => explain(row.text) }, row.text),
         make("div", { class: "marking", role: "group", "aria-label": "Is it right?" }, button(true), button(false)),
         make("div", { class: "bar", "aria-hidden": "true" }, bar),
-        make("div", { class: "numbers" }, make("b", {}, (calibrated ? "" : "≈ ") + percent(row.share)), ` ${row.score.toFixed(3)}`),
+        make("div", { class: "numbers" }, make("b", {}, (calibrated ? "" : "≈ ") + percent(row.share)), ` ${signedNumber(row.score)}`),
       );
       return item;
     }),

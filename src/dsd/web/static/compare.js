@@ -2,7 +2,7 @@
 
 import { post } from "/static/api.js";
 import { captions, card, sharesOf, state } from "/static/app.js";
-import { $, make, percent, signed } from "/static/dom.js";
+import { $, make, percent, signed, signedNumber } from "/static/dom.js";
 
 export function wireTabs() {
   const tabs = [$("tab-captions"), $("tab-models")];
@@ -92,7 +92,7 @@ export async function compareModels() {
       {},
       make("th", { scope: "row" }, text),
       ...columns.map((column, k) =>
-        make("td", { class: best[k] === i ? "best" : null }, `${card(names[k]).calibrated ? "" : "≈ "}${percent(column.shares[i])} (${column.scores[i].toFixed(3)})`),
+        make("td", { class: best[k] === i ? "best" : null }, `${card(names[k]).calibrated ? "" : "≈ "}${percent(column.shares[i])} (${signedNumber(column.scores[i])})`),
       ),
     );
   const head = make("tr", {}, make("th", { scope: "col" }, "Caption"), ...names.map((name) => make("th", { scope: "col" }, name)));
