@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from looking import browser, root, served
+from PIL import Image
 
 LOOKS = {
     "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 900}},
