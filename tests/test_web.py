@@ -266,7 +266,7 @@ def test_other_refusals(http: TestClient) -> None:
     refused(422, content=b"--x\r\nnothing", headers={"content-type": "multipart/form-data; boundary=x"})
     refused(400, content=b"--x\r\n\x00:a\r\n", headers={"content-type": "multipart/form-data; boundary=x"})
     refused(400, content=b"--x", headers={"content-type": "multipart/form-data"})
-    refused(422, data={"texts": ["a"]})
+    refused(415, data={"texts": ["a"]})
     refused(422, data={"images": IMAGE, "model": ["zero", "taught"], "texts": "a"}, files={"images": b""})
     refused(404, method="GET", url="/nowhere")
     refused(405, method="GET")
