@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -192,6 +192,21 @@ def even_timesteps(steps: int, low: int = 0, high: int = 1000) -> tuple[int, ...
     if not 1 <= steps <= high - low:
         raise OptionError(f"got {steps} steps, expected 1 to {high - low}")
     return tuple(int(low + (i + 0.5) * (high - low) / steps) for i in range(steps))
+
+
+class Measured(Protocol):
+    """Numbers that are taken of passes; ``names`` of them a pass."""
+
+    names: tuple[str, ...]
+    layers: tuple[str, ...]
+    """Layers to probe in a pass."""
+    empty_layers: tuple[str, ...]
+    """Layers to probe under the empty caption."""
+    needs_empty: bool
+
+    def __call__(self, caption: Pass, empty: Pass | None) -> Float[Tensor, "n features"]:
+        """Passes over n rows => their numbers, in the order of ``names``."""
+        ...
 
 
 class Features:

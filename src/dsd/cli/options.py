@@ -75,6 +75,9 @@ def learning_options(command: argparse.ArgumentParser) -> None:
         "--image-negatives", type=int, metavar="N", help="pictures of other examples for each right pair"
     )
     group.add_argument("--swaps", type=int, metavar="N", help="captions with two words exchanged for each right pair")
+    group.add_argument(
+        "--candidates", type=int, metavar="N", help="images, and texts, of an example at most in a step (default: 4)"
+    )
     held = group.add_mutually_exclusive_group()
     held.add_argument("--folds", type=int, metavar="N", help="parts that are held out by turns")
     held.add_argument("--hold-out", type=float, metavar="SHARE", help="hold out this share once instead: faster")
@@ -187,6 +190,7 @@ def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
         "negatives": a.negatives,
         "image_negatives": a.image_negatives,
         "swaps": a.swaps,
+        "candidates": a.candidates,
         "folds": a.folds,
         "validation": a.hold_out,
         "gradient_accumulation_steps": a.gradient_accumulation_steps,

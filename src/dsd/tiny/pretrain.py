@@ -98,8 +98,13 @@ def scene_at(recipe: Recipe, index: int) -> Scene:
 def caption_of(rng: random.Random, scene: Scene) -> tuple[Claim, str]:
     """A true claim about a scene and its words: a caption, or a question with its answer (one in ten)."""
     claim = sample_claim(rng, scene)
+    return claim, words_of(rng, claim)
+
+
+def words_of(rng: random.Random, claim: Claim) -> str:
+    """A claim as pretraining words it: a caption, or a question with the claim's answer (one in ten)."""
     if rng.random() > 0.1:
-        return claim, say(rng, claim, "the" if rng.random() < 0.1 else "a")
+        return say(rng, claim, "the" if rng.random() < 0.1 else "a")
     if claim.subject.count > 1:
         slot: Any = rng.choice(("count", "truth"))
     else:
@@ -108,7 +113,7 @@ def caption_of(rng: random.Random, scene: Scene) -> tuple[Claim, str]:
         slots += ["size"] if claim.subject.size else []
         slots += ["relation"] if claim.relation else []
         slot = rng.choice(slots)
-    return claim, f"{ask(claim, slot)} {answer(claim, slot)}"
+    return f"{ask(claim, slot)} {answer(claim, slot)}"
 
 
 def _draw(recipe: Recipe, index: int) -> np.ndarray:
