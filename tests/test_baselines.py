@@ -306,9 +306,8 @@ def test_shuffled_labels_teach_nothing(kind: type[FewShotClip], folders: dict[st
 @pytest.mark.parametrize("kind", [LinearProbe, CoOp, Lora])
 def test_lessons_repeat_and_follow_the_seed(kind: type[FewShotClip], folders: dict[str, str]):
     def learned(seed: int) -> dict[str, torch.Tensor]:
-        return (
-            taught(kind, folders["clip"], replace(FAST, steps=20)).fit(opposite(12), opposite(12, 3), seed=seed).learned
-        )
+        method = taught(kind, folders["clip"], replace(FAST, steps=20))
+        return method.fit(opposite(12), opposite(12, 3), seed=seed).learned
 
     first, again, other = learned(1), learned(1), learned(2)
     assert first
