@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsd import cli, prompts
+from dsd import prompts
 from dsd.backbone import Backbone, load_backbone
-from dsd.cli import main
+from dsd.cli import main, options
 from dsd.learn import Learner
 from dsd.scores import SCORES
 from models import picture, save_adapter
@@ -631,7 +631,7 @@ def test_folders_of_results_need_pyarrow(dsd: Command, tmp_path: Path, monkeypat
 
 
 def test_the_cost_of_a_long_evaluation_is_told(dsd: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dsd.cli.LONG", 0)
+    monkeypatch.setattr("dsd.cli.measuring.LONG", 0)
     task = ("eval", "comvg", "--level", "easy", "--count", "30", "--timesteps", "300,500", "--model", dsd.model)
     for score, images in (("denoising", True), ("attention", False)):
         status, _, err = dsd(*task, "--score", score)
@@ -836,7 +836,10 @@ def test_a_fault_of_ours(dsd: Command, image: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_reader_that_has_had_enough(dsd: Command, image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in ``dsd score ... | head``; the interpreter must not complain at exit."""
-    code = "import os, sys; from dsd import cli; cli._world = lambda a: print('x' * 100_000); sys.exit(cli.main())"
+    code = (
+        "import sys; from dsd.cli import app, embedded; embedded._world = lambda a: print('x' * 100_000); "
+        "sys.exit(app.main())"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code, "world", "comvg", "--out", "x"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -853,10 +856,10 @@ def test_constants_are_the_librarys() -> None:
     from dsd.tasks.twins import Split
     from dsd.tiny.world import Level
 
-    assert tuple(SCORES) == cli.SCORE_KINDS
-    assert cli.WORLD_TASKS == WORLD_TASKS
-    assert get_args(Level) == cli.LEVELS
-    assert get_args(Split) == cli.SPLITS
+    assert tuple(SCORES) == options.SCORE_KINDS
+    assert options.WORLD_TASKS == WORLD_TASKS
+    assert get_args(Level) == options.LEVELS
+    assert get_args(Split) == options.SPLITS
 
 
 HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "peft"}

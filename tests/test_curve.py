@@ -16,9 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dsd import cli, curve, prompts
+from dsd import curve, prompts
 from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
+from dsd.cli import learning, main
 from dsd.contracts import Example, ManifestError, OptionError
 from dsd.curve import FILE, PICTURE, Curve, learning_curve, world_sets
 from dsd.evaluate import evaluate
@@ -446,7 +447,7 @@ def dsd(pipe: Pipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     def run(*argv: object) -> tuple[int, str, str]:
         capsys.readouterr()
         options = ("--model", pipe(), "--score", "attention", "--timesteps", "300", "--max-steps", "2", "--rank", "1")
-        status = cli.main(["curve", *map(str, argv), *options])
+        status = main(["curve", *map(str, argv), *options])
         return status, *capsys.readouterr()
 
     return run
@@ -514,7 +515,7 @@ def test_command_asks_for_held_out_examples(dsd: Run, tmp_path: Path) -> None:
 
 
 def test_defaults_are_the_librarys() -> None:
-    assert cli.SHOTS == curve.SHOTS
+    assert learning.SHOTS == curve.SHOTS
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from dsd import adapt, prompts
 from dsd.adapt import fit, turns_of
 from dsd.adapters import Adapter, fingerprint
-from dsd.backbone import load_backbone
+from dsd.backbone import TextStates, load_backbone
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
 from dsd.learn import FitConfig, Learner, Team, checkpointed
 from dsd.lesson import Negatives
@@ -28,7 +28,7 @@ from dsd.records import Log
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
 from looks import looks_as
-from models import toy
+from models import picture, toy
 
 Pipe = Callable[..., str]
 SCORE = ScoreConfig("attention", (20, 100))
@@ -381,6 +381,47 @@ def test_pictures_that_share_a_caption_are_no_negatives() -> None:
     import random
 
     assert len(Negatives(toy(6), 0, 2, 0).join(0, random.Random(0)).choices) == 1
+
+
+def test_some_of_many_candidates_take_part() -> None:
+    """The right ones always, others anew each time, and every choice among those that take part."""
+    import random
+
+    texts = tuple(f"text {k}" for k in range(10))
+    pictures = tuple(picture(k) for k in range(3))
+    examples = [Example("a", pictures, texts, ((1, 6), (2, 0)))]
+    negatives = Negatives(examples, 0, 0, 0, candidates=4)
+    seen: set[str] = set()
+    for seed in range(20):
+        drawn = negatives.join(0, random.Random(seed))
+        assert len(drawn.texts) == 3 * 4
+        said = drawn.texts[:4]
+        assert {"text 6", "text 0"} <= set(said)
+        assert drawn.texts == said * 3
+        assert [k for _, k in drawn.images] == [0] * 4 + [1] * 4 + [2] * 4
+        for choice in drawn.choices:
+            found = [(drawn.images[r][1], drawn.texts[r]) for r in choice.rows]
+            assert choice.right == tuple(pair in {(1, "text 6"), (2, "text 0")} for pair in found)
+        seen |= set(said)
+    assert seen == set(texts)
+    assert len(Negatives(examples, 0, 0, 0).join(0, random.Random(0)).texts) == 30
+
+
+def test_the_empty_caption_is_passed_once_an_image(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+    made = scorer(pipe, ScoreConfig("denoising", SCORE.timesteps))
+    predict = made.backbone.predict_noise
+
+    def count(noised: torch.Tensor, timesteps: torch.Tensor, text: TextStates) -> torch.Tensor:
+        rows.append(len(noised))
+        return predict(noised, timesteps, text)
+
+    monkeypatch.setattr(made.backbone, "predict_noise", count)
+    prompts.attach(made.backbone.denoiser, PromptConfig(rank=1))
+    examples = [Example(str(i), (picture(i),), ("a", "b", "c"), ((0, 0),)) for i in range(2)]
+    Learner(made, examples, replace(QUICK, batch=2, negatives=0, image_negatives=0), Team()).step()
+    prompts.detach(made.backbone.denoiser)
+    assert sum(rows) == 2 * (2 * 3 + 2)  # to measure the spread, and to learn
 
 
 # What is taught

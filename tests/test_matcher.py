@@ -247,6 +247,19 @@ def test_bad_options(pipe: Pipe, options: dict[str, Any], error: type[Exception]
         Matcher.from_pretrained(**{"model": pipe(), **options})
 
 
+def test_a_matcher_takes_on_what_was_learned_before(pipe: Pipe, adapter: Path, tmp_path: Path) -> None:
+    bare, taught = Matcher.from_pretrained(pipe()), Matcher.from_pretrained(adapter=adapter)
+    switched = Matcher.from_pretrained(pipe())
+    assert gap(switched, taught) > 1e-2
+    assert gap(switched.load_adapter(adapter), taught) == 0
+    assert gap(switched.load_adapter(Adapter.load(adapter)), taught) == 0
+    assert gap(switched.forget(), bare) == 0
+    large = save_adapter(tmp_path / "large", pipe(), size=24)
+    with pytest.raises(OptionError, match="24 pixels"):
+        switched.load_adapter(large)
+    assert gap(switched, bare) == 0
+
+
 def test_adapter_for_another_base(pipe: Pipe, adapter: Path) -> None:
     with pytest.raises(AdapterError, match="adapter for"):
         Matcher.from_pretrained(pipe(seed=1), adapter=adapter)

@@ -74,6 +74,8 @@ class FitConfig:
         image_negatives: Pictures of other examples that do.
         swaps: Captions with two words exchanged that do. Such a caption can be true all the same (see
             :mod:`dsd.negatives`), so there are none by default.
+        candidates: Images, and texts, of an example that take part in a step at most: the right ones, and others drawn
+            anew each step. More teach little and cost as much each. None takes all.
         draws: Of noise, over which ``weights`` averages.
         jitter: Timesteps are drawn within this distance of the score's own.
         gradient_accumulation_steps: Parts in which a batch goes through the model; the result is the same. None: as
@@ -98,6 +100,7 @@ class FitConfig:
     negatives: int = 1
     image_negatives: int = 1
     swaps: int = 0
+    candidates: int | None = 4
     draws: int = 4
     jitter: int = 50
     gradient_accumulation_steps: int | None = None
@@ -115,6 +118,8 @@ class FitConfig:
         for name in (*above, *(() if self.gradient_accumulation_steps is None else ("gradient_accumulation_steps",))):
             if not getattr(self, name) > 0:
                 raise OptionError(f"got {name} {getattr(self, name)}, expected more than 0")
+        if self.candidates is not None and self.candidates < 2:
+            raise OptionError(f"got {self.candidates} candidates, expected 2 or more")
         if self.folds < 2:
             raise OptionError(f"got {self.folds} folds, expected 2 or more")
         for name in ("negatives", "image_negatives", "swaps", "jitter", "weight_decay"):
@@ -271,7 +276,9 @@ class Learner:
         self.scorer, self.config, self.team = scorer, config, team
         self.examples = list(examples)
         self._log = log
-        self._negatives = Negatives(self.examples, config.negatives, config.image_negatives, config.swaps)
+        self._negatives = Negatives(
+            self.examples, config.negatives, config.image_negatives, config.swaps, config.candidates
+        )
         # few-shot sets are small: all latents are held
         self._latents = [scorer.latents(e.images) for e in self.examples]
         named = prompts.parameters(scorer.backbone.denoiser)
@@ -470,10 +477,15 @@ class Learner:
         order: list[int] = []
         with self.team.autocast():
             empty: Pass | None = None
-            if score.needs_empty:
+            if score.needs_empty:  # once for each image of an example
                 (blank,) = backbone.encode_texts([""])
-                text = blank.select([0] * len(states))
-                empty = noised_pass(backbone, latents, noise, timesteps, text, score.empty_layers)
+                shown = [(n, at) for n, drawn in enumerate(batch) for at in drawn.pairs.images]
+                first = {key: row for row, key in reversed(list(enumerate(shown)))}
+                place = {key: k for k, key in enumerate(first)}
+                rows = list(first.values())
+                text = blank.select([0] * len(rows))
+                empty = noised_pass(backbone, latents[rows], noise[rows], timesteps[rows], text, score.empty_layers)
+                empty = empty.rows([place[key] for key in shown])
             # a pass takes captions of one length only, so that nothing is padded for another's sake
             lengths: dict[int, list[int]] = {}
             for row, state in enumerate(states):

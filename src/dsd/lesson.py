@@ -12,12 +12,21 @@ from dsd.negatives import Swaps
 from dsd.weights import Choice
 
 
-def choices_of(example: Example) -> list[Choice]:
-    """Every image's choice among texts and every text's among images that has right and wrong candidates."""
-    columns = len(example.texts)
-    table = [[i * columns + j for j in range(columns)] for i in range(len(example.images))]
+def choices_of(
+    example: Example, images: Sequence[int] | None = None, texts: Sequence[int] | None = None
+) -> list[Choice]:
+    """Every image's choice among texts and every text's among images that has right and wrong candidates.
+
+    Args:
+        images, texts: Those that take part; by default all. Rows are counted through the table of these.
+    """
+    images = range(len(example.images)) if images is None else images
+    texts = range(len(example.texts)) if texts is None else texts
+    columns = len(texts)
+    table = [[i * columns + j for j in range(columns)] for i in range(len(images))]
     lines = table + [list(column) for column in zip(*table, strict=True)]
-    positives = {i * columns + j for i, j in example.positives}
+    right = set(example.positives)
+    positives = {k * columns + m for k, i in enumerate(images) for m, j in enumerate(texts) if (i, j) in right}
     made = [Choice(tuple(line), tuple(r in positives for r in line)) for line in lines]
     return [c for c in made if any(c.right) and not all(c.right)]
 
@@ -45,11 +54,15 @@ class Negatives:
         texts: Captions of other examples for each right pair.
         images: Pictures of other examples for each right pair.
         swaps: Captions made of its own by exchanging words, for each right pair (:class:`dsd.negatives.Swaps`).
+        candidates: Images, and texts, of an example that take part at most: the right ones, and others drawn anew each
+            time; None takes all.
     """
 
-    def __init__(self, examples: Sequence[Example], texts: int, images: int, swaps: int) -> None:
+    def __init__(
+        self, examples: Sequence[Example], texts: int, images: int, swaps: int, candidates: int | None = None
+    ) -> None:
         self._examples = list(examples)
-        self._choices = [choices_of(e) for e in self._examples]
+        self._most = candidates
         self._texts, self._images, self._count = texts, images, swaps
         self._captions = sorted({text for e in self._examples for text in e.texts})
         self._pictures = [(i, k) for i, e in enumerate(self._examples) for k in range(len(e.images))] if images else []
@@ -58,9 +71,11 @@ class Negatives:
     def join(self, i: int, rng: random.Random) -> Drawn:
         """Example ``i``'s own pairs first, then each right one's wrong candidates, drawn anew each time."""
         example = self._examples[i]
-        images = [(i, k) for k in range(len(example.images)) for _ in example.texts]
-        texts = [text for _, text in example.pairs]
-        made = list(self._choices[i])
+        shown = self._some(len(example.images), {image for image, _ in example.positives}, rng)
+        said = self._some(len(example.texts), {text for _, text in example.positives}, rng)
+        images = [(i, k) for k in shown for _ in said]
+        texts = [example.texts[j] for _ in shown for j in said]
+        made = choices_of(example, shown, said)
         others = [t for t in self._captions if t not in example.texts] if self._texts else []
         for image, text in example.positives:
             caption = example.texts[text]
@@ -71,13 +86,20 @@ class Negatives:
             apart = [at for at in self._pictures if at[0] != i and caption not in self._examples[at[0]].texts]
             places = rng.sample(apart, min(self._images, len(apart)))
             for captions, pictures in ((wrong, [(i, image)] * len(wrong)), ([caption] * len(places), places)):
-                own, first = image * len(example.texts) + text, len(texts)
+                own, first = shown.index(image) * len(said) + said.index(text), len(texts)
                 images += pictures
                 texts += captions
                 rows = (own, *range(first, len(texts)))
                 if len(rows) > 1:
                     made.append(Choice(rows, tuple(row == own for row in rows)))
         return Drawn(tuple(images), tuple(texts), tuple(made))
+
+    def _some(self, count: int, right: set[int], rng: random.Random) -> list[int]:
+        """Which of ``count`` images or texts take part."""
+        if self._most is None or count <= self._most:
+            return list(range(count))
+        wrong = [k for k in range(count) if k not in right]
+        return sorted([*right, *rng.sample(wrong, min(len(wrong), max(1, self._most - len(right))))])
 
 
 def _apart(examples: Sequence[Example], seed: int) -> list[list[Example]]:

@@ -264,6 +264,29 @@ class Matcher:
         )
         return self
 
+    def load_adapter(self, adapter: Adapter | str | os.PathLike[str]) -> Self:
+        """Takes on what was learned before, in place of an earlier lesson; it brings its own score.
+
+        Raises:
+            AdapterError: If it cannot be read, or belongs to another base model.
+            OptionError: If it was learned at another size of pictures than the matcher's.
+        """
+        loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+        if loaded.size not in (None, self._scorer.size):
+            raise OptionError(
+                f"got an adapter that was learned at {loaded.size} pixels for a matcher at {self._scorer.size}, "
+                "expected the same; load the model anew, with the adapter"
+            )
+        self.forget()
+        loaded.attach(self.backbone)
+        try:
+            self._scorer.use(loaded.score, loaded.weights if loaded.score.kind == WEIGHTED else None)
+        except BaseException:
+            prompts.detach(self.backbone.denoiser)
+            raise
+        self.adapter = loaded
+        return self
+
     def forget(self) -> Self:
         """Takes away what was learned: the model is bare, and the score is the one that the matcher was made with."""
         prompts.detach(self.backbone.denoiser)

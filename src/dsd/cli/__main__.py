@@ -1,0 +1,5 @@
+import sys
+
+from dsd.cli.app import main
+
+sys.exit(main())

@@ -1,0 +1,169 @@
+"""Commands that learn from examples: ``fit``, ``export``, ``curve``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from dsd.cli.options import (
+    WORLD_TASKS,
+    Commands,
+    accelerator_of,
+    integers,
+    learning_options,
+    lesson_of,
+    matcher_of,
+    model_options,
+    world_options,
+)
+from dsd.cli.printing import print_json, print_table, say, watched
+from dsd.contracts import OptionError
+
+SHOTS = (0, 4, 16, 64, 256)
+
+
+def add(commands: Commands) -> None:
+    """Adds these commands."""
+    fit = commands.add("fit", _fit, "Learn from labelled examples; writes an adapter that --adapter reads.")
+    fit.add_argument("manifest", metavar="MANIFEST", help="JSONL or CSV of examples")
+    fit.add_argument("--out", required=True, metavar="DIR", help="folder of the adapter")
+    fit.add_argument("--val", metavar="MANIFEST", help="examples to stop by; default: those to learn from, by turns")
+    fit.add_argument("--resume", action="store_true", help="go on with a fit of the same request that was stopped")
+    fit.add_argument("--log", metavar="FILE", help="loss by step: a .jsonl file, or a folder for TensorBoard")
+    learning_options(fit)
+    model_options(fit, adapter=False)
+
+    export = commands.add("export", _export, "Write an adapter's prompts for stock diffusers pipelines.", form=False)
+    export.add_argument("adapter", metavar="ADAPTER", help="what was learned, as --adapter takes it")
+    export.add_argument("--out", required=True, metavar="DIR")
+    export.add_argument("--format", choices=("lora",), default="lora", help="what is written (default: %(default)s)")
+
+    curve = commands.add(
+        "curve", _curve, "Measure accuracy against the number of labelled examples, over several draws."
+    )
+    curve.add_argument(
+        "manifest",
+        metavar="MANIFEST|TASK",
+        help=f"JSONL or CSV of examples to draw from, or a task of the world: {', '.join(WORLD_TASKS)}",
+    )
+    curve.add_argument("--held-out", metavar="MANIFEST", help="examples to measure on; a task brings its own")
+    curve.add_argument("--val", metavar="MANIFEST", help="examples to stop by; default: a share of those drawn")
+    curve.add_argument(
+        "--out", required=True, metavar="DIR", help="folder of curve.json and curve.png; a curve that is there goes on"
+    )
+    curve.add_argument(
+        "--shots",
+        type=integers,
+        default=SHOTS,
+        metavar="N,N,...",
+        help=f"numbers of examples (default: {','.join(map(str, SHOTS))})",
+    )
+    curve.add_argument("--seeds", type=int, default=3, metavar="N", help="draws of each number (default: %(default)s)")
+    learning_options(curve)
+    world_options(curve, split=False)
+    model_options(curve, adapter=False)
+
+
+def _fit(a: argparse.Namespace) -> None:
+    from dsd.adapters import check_out
+    from dsd.tasks import read_manifest
+
+    examples = read_manifest(a.manifest)
+    validation = None if a.val is None else read_manifest(a.val)
+    check_out(a.out)  # not after hours of learning
+    config, prompt = lesson_of(a)
+    accelerator = accelerator_of(a)
+    leads = accelerator is None or accelerator.is_main_process
+    matcher = matcher_of(a)
+    matcher.fit(
+        examples,
+        validation,
+        config=config,
+        prompt=prompt,
+        progress=watched(),
+        checkpoint=f"{a.out.rstrip('/')}.checkpoint",
+        resume=a.resume,
+        log=a.log,
+        accelerator=accelerator,
+    )
+    if not leads:
+        return
+    out = matcher.save_pretrained(a.out)
+    assert matcher.adapter is not None
+    training = matcher.adapter.training
+    if a.format == "json":
+        print_json({"adapter": str(out), **training})
+        return
+    before, after = training["validation"]["before"], training["validation"]["after"]
+    judges = (
+        "on the same, held out by turns" if training["turns"] > 1 else f"on {training['validation_examples']} others"
+    )
+    say(f"{out}: learned from {training['examples']} examples; {judges}:")
+    print_table(
+        [{"": "zero-shot", "accuracy": f"{before:.3f}"}, {"": "learned", "accuracy": f"{after:.3f}"}], ("", "accuracy")
+    )
+    if not training["kept"]:
+        print("Learning was not clearly better than the zero-shot score there, so the zero-shot score was kept.")
+
+
+def _export(a: argparse.Namespace) -> None:
+    from dsd.adapters import Adapter
+
+    say(str(Adapter.load(a.adapter).export(a.out)))
+
+
+def _curve(a: argparse.Namespace) -> None:
+    from dsd.curve import PICTURE, learning_curve, world_sets
+    from dsd.report import format_interval
+    from dsd.tasks import read_manifest
+
+    if a.manifest in WORLD_TASKS and not os.path.exists(a.manifest):
+        if a.held_out is not None:
+            raise OptionError(
+                f"got --held-out with the world's {a.manifest}, expected a manifest to draw from; the world draws its "
+                "own held-out examples"
+            )
+        name = ", ".join((a.manifest, *(("novel",) if a.novel else ()), a.level))
+        pool, held_out = world_sets(
+            a.manifest, a.level, a.count, shots=a.shots, seeds=a.seeds, seed=a.seed or 0, novel=a.novel
+        )
+    else:
+        pool = read_manifest(a.manifest)
+        if a.held_out is None:
+            raise OptionError(f"got {a.manifest} without --held-out, expected a manifest of examples to measure on too")
+        held_out, name = read_manifest(a.held_out), os.path.basename(a.manifest)
+    validation = None if a.val is None else read_manifest(a.val)
+    config, prompt = lesson_of(a)
+    curve = learning_curve(
+        matcher_of(a),
+        pool,
+        held_out,
+        a.out,
+        shots=a.shots,
+        seeds=a.seeds,
+        validation=validation,
+        config=config,
+        prompt=prompt,
+        name=name,
+        announce=lambda text: print(f"dsd curve: {text}", file=sys.stderr, flush=True),
+        progress=watched(),
+    )
+    if a.format == "json":
+        values = curve.to_dict()
+        for row in values["rows"]:
+            del row["outcomes"]
+        print_json({"out": a.out, **values})
+        return
+    gain = "gain over zero-shot [95 %]"
+    rows = [
+        {
+            "examples": point.shots,
+            "accuracy [95 %]": format_interval(point.accuracy),
+            gain: "" if point.gain is None else "{value:+.3f} [{low:+.2f}, {high:+.2f}]".format(**point.gain),
+            "learning kept": f"{point.kept} of {point.fits} fits" if point.fits else "",
+        }
+        for point in curve.points
+    ]
+    print_table(rows, tuple(rows[0]))
+    say(os.path.join(a.out, PICTURE))

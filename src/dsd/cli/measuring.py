@@ -1,0 +1,236 @@
+"""Commands that measure matchers on labelled examples: ``eval``, ``compare``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from dsd.cli.options import (
+    WORLD_TASKS,
+    Commands,
+    learning_options,
+    lesson_of,
+    matcher_of,
+    model_options,
+    world_options,
+)
+from dsd.cli.printing import print_json, print_table, say, watched
+from dsd.contracts import OptionError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dsd.contracts import Example
+    from dsd.scores import ScoreConfig
+    from dsd.trial import Lesson
+    from dsd.work import Cost
+
+BY_TAG = ("accuracy", "text", "image", "group", "soft-accuracy")
+"""Metrics that tables have for each tag; JSON has all."""
+GAIN = "B less A [95 %]"
+LONG = 10
+"""Seconds from which on an evaluation's cost is told before."""
+
+
+def add(commands: Commands) -> None:
+    """Adds these commands."""
+    evaluate = commands.add("eval", _eval, "Measure a matcher on labelled examples, with confidence intervals.")
+    evaluate.add_argument(
+        "manifest",
+        metavar="MANIFEST|TASK",
+        help=f"JSONL or CSV of examples, a task of the world ({', '.join(WORLD_TASKS)}), or with --data a benchmark",
+    )
+    evaluate.add_argument(
+        "--data", metavar="DIR", help="folder that image paths are relative to (default: the manifest's); a benchmark's"
+    )
+    evaluate.add_argument("--limit", type=int, metavar="N", help="N of the examples, drawn at random, always the same")
+    evaluate.add_argument(
+        "--out",
+        metavar="FILE.json|DIR",
+        help="also save the whole result, scores included; into a folder with the scores as Parquet too, and part by "
+        "part, so that the same command goes on where it was stopped",
+    )
+    group = evaluate.add_argument_group("few-shot")
+    group.add_argument("--shots", type=int, metavar="N", help="learn from N examples before measuring")
+    group.add_argument(
+        "--shot-seed", type=int, default=0, metavar="S", help="which examples, and how to learn (default: %(default)s)"
+    )
+    group.add_argument(
+        "--train", metavar="MANIFEST", help="examples to draw from; default for the world: its few-shot split"
+    )
+    learning_options(evaluate)
+    world_options(evaluate, benchmark=True)
+    model_options(evaluate)
+
+    compare = commands.add("compare", _compare, "Compare two results on the same examples, paired example by example.")
+    for name in "ab":
+        compare.add_argument(name, metavar=name.upper(), help="what eval --out saved: a .json file or a folder")
+
+
+def _eval(a: argparse.Namespace) -> None:
+    from dsd import trial
+    from dsd.evaluate import SCORES, check_parquet, claim, dataset_checksum, evaluate
+    from dsd.report import format_interval
+
+    folder = None if a.out is None or a.out.endswith(".json") else a.out
+    if folder is not None:
+        check_parquet()
+        if os.path.isfile(folder):
+            raise OptionError(f"got the file {folder} for --out, expected a folder, or a name that ends in .json")
+    examples, credits, source = _examples(a)  # before the model, which may take long to load
+    lesson = _few_shot(a, examples)
+    matcher = matcher_of(a)
+    request = trial.request(matcher, source, adapter=a.adapter, lesson=lesson)
+    if lesson is not None:
+        if folder is not None:
+            claim(folder, dataset_checksum(examples, credits), request)  # not after hours of learning
+        trial.teach(matcher, lesson, folder, progress=watched())
+    result = evaluate(
+        matcher,
+        examples,
+        progress=watched(),
+        credits=credits,
+        scale=None if matcher.adapter is None else matcher.adapter.scale,
+        out=folder,
+        request=request,
+        announce=lambda cost: _announce(cost, matcher.score_config),
+    )
+    if folder is not None:
+        result.save_scores(os.path.join(folder, SCORES))
+    elif a.out is not None:
+        result.save(a.out)
+    if a.format == "json":
+        values = result.to_dict()
+        values.pop("examples")
+        print_json(values)
+        return
+    rows = [{"metric": name, "value [95 %]": format_interval(m), "n": m["n"]} for name, m in result.metrics.items()]
+    rows += [
+        {"metric": f"{name}, {tag}", "value [95 %]": format_interval(m), "n": m["n"]}
+        for tag, found in result.by_tag.items()
+        for name, m in found.items()
+        if name in BY_TAG
+    ]
+    print_table(rows, ("metric", "value [95 %]", "n"))
+    if result.ties or result.nans:
+        print(f"{result.ties} choices with a shared best score (each counts 1/k), {result.nans} scores that are NaN")
+
+
+def _examples(a: argparse.Namespace) -> tuple[list[Example], list[np.ndarray | None] | None, dict[str, Any]]:
+    """Examples, their credits if they have some, and where they come from."""
+    from dsd.evaluate import subset
+    from dsd.tasks import BENCHMARKS, read_benchmark, read_manifest, world_task
+
+    credit: dict[str, np.ndarray | None] = {}
+    source: dict[str, Any]
+    if os.path.isfile(a.manifest) or a.manifest not in (*WORLD_TASKS, *BENCHMARKS):
+        examples = read_manifest(a.manifest, root=a.data)
+        source = {"manifest": os.path.basename(a.manifest)}
+    elif a.data is not None and a.manifest in BENCHMARKS:
+        loaded = read_benchmark(a.manifest, a.data, a.split)
+        if loaded.left_out:
+            print(f"dsd eval: {loaded.report()}", file=sys.stderr)
+        examples = loaded.examples
+        credit = dict(zip((e.id for e in examples), loaded.credits or (), strict=False))
+        source = {"benchmark": loaded.name, "split": loaded.split}
+    elif a.manifest not in WORLD_TASKS:
+        raise OptionError(f"got the benchmark {a.manifest} without --data, expected the folder with its files")
+    elif a.data is not None:
+        raise OptionError(
+            f"got --data with the world's {a.manifest}, expected a manifest or a benchmark; the world draws its own "
+            "images"
+        )
+    else:
+        source = {"task": a.manifest, "split": a.split or "test", "level": a.level, "count": a.count}
+        source |= {"seed": a.seed or 0, "novel": a.novel}
+        examples = world_task(a.manifest, source["split"], a.level, a.count, source["seed"], a.novel)
+    if a.limit is not None:
+        examples, source["limit"] = subset(examples, a.limit), a.limit
+    return examples, [credit[e.id] for e in examples] if credit else None, source
+
+
+def _few_shot(a: argparse.Namespace, examples: Sequence[Example]) -> Lesson | None:
+    """What to learn before measuring on other examples; None if that is not asked for."""
+    from dsd.evaluate import subset
+    from dsd.tasks import check_leakage, read_manifest, world_task
+    from dsd.trial import Lesson
+
+    if a.shots is None:
+        if a.train is not None:
+            raise OptionError("got --train without --shots, expected how many examples to learn from")
+        return None
+    if a.adapter is not None:
+        raise OptionError("got --shots with --adapter, expected one of them: learn now, or use what was learned")
+    if a.shots == 0:
+        return None
+    if a.train is not None:
+        few = subset(read_manifest(a.train), a.shots, a.shot_seed)
+    elif a.manifest in WORLD_TASKS and a.data is None and not os.path.isfile(a.manifest):
+        few = world_task(a.manifest, "few-shot", a.level, a.shots, a.shot_seed, a.novel)
+    else:
+        raise OptionError(f"got --shots with {a.manifest}, expected --train too, a manifest of examples to learn from")
+    check_leakage(few, examples)
+    config, prompt = lesson_of(a)
+    return Lesson(tuple(few), replace(config, seed=a.shot_seed), prompt)
+
+
+def _announce(cost: Cost, score: ScoreConfig) -> None:
+    """Says what a long evaluation will cost."""
+    from dsd.scores import SCORES, WEIGHTED
+
+    if cost.seconds < LONG:
+        return
+    steps = len(score.timesteps)
+    # the empty caption's passes are shared by all captions of an image
+    empty = score.kind == WEIGHTED or any(SCORES[kind].empty for kind in score.weights or (score.kind,))
+    passes = steps * (cost.pairs + (cost.images if empty else 0))
+    unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if cost.seconds >= s), ("s", 1))
+    time = f"{cost.seconds / size:,.{0 if cost.seconds >= 10 * size else 1}f} {unit}"
+    done = f"{cost.done:,} of {cost.done + cost.pairs:,} pairs are done; left are "
+    print(
+        f"dsd eval: {done}{cost.images:,} images and {cost.texts:,} texts to encode and about {passes:,} denoiser "
+        f"passes, about {time} judging by {cost.measured} pairs",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _compare(a: argparse.Namespace) -> None:
+    from dsd.evaluate import Result, compare
+
+    found = compare(Result.load(a.a), Result.load(a.b))
+    if a.format == "json":
+        print_json({"a": a.a, "b": a.b, **found.to_dict()})
+        return
+
+    def row(name: str, of: Mapping[str, Any], tag: str) -> dict[str, Any]:
+        change = of["difference"]
+        told = {} if change is None else {"p": f"{change['p']:.3g}"}
+        told |= {} if change is None else {GAIN: "{value:+.3f} [{low:+.3f}, {high:+.3f}]".format(**change)}
+        return {"metric": f"{name}, {tag}" if tag else name, "A": of["a"], "B": of["b"], **told}
+
+    def verdict(of: Mapping[str, Any]) -> str:
+        return "right in B alone {only_b}, in A alone {only_a}, of {n}; p = {p:.3g}, mid-p = {mid_p:.3g}".format(**of)
+
+    print(f"A: {a.a}\nB: {a.b}\n")
+    rows = [row(name, of, "") for name, of in found.metrics.items()]
+    rows += [
+        row(name, of, tag)
+        for tag, inside in found.by_tag.items()
+        for name, of in inside["metrics"].items()
+        if name in BY_TAG
+    ]
+    print_table(rows, ("metric", "A", "B", GAIN, "p"))
+    print("\np: paired bootstrap. McNemar's exact test, where an example is right if all its choices are won:")
+    say(
+        "\n".join(
+            [f"- {verdict(found.mcnemar)}", *(f"- {tag}: {verdict(of['mcnemar'])}" for tag, of in found.by_tag.items())]
+        )
+    )
+    if found.disagreements:
+        print(f"\nThey differ on {found.disagreeing} examples, most on:")
+        print_table([{"id": d.id, "A": d.a, "B": d.b} for d in found.disagreements], ("id", "A", "B"))

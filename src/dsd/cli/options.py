@@ -1,0 +1,215 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from dsd.contracts import OptionError
+
+if TYPE_CHECKING:
+    from dsd.learn import FitConfig
+    from dsd.matcher import Matcher
+    from dsd.prompts import PromptConfig
+
+# Written out, for the lists live in modules that import torch; a test keeps them equal.
+SCORE_KINDS = ("attention", "attention-mass", "denoising", "paper", "paper-attention")
+WORLD_TASKS = ("comvg", "refcocog", "vqa", "winoground")
+LEVELS = ("easy", "standard", "hard")
+SPLITS = ("few-shot", "val", "test")
+
+
+class Commands:
+    """The commands of a parser, to add to."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(self, name: str, run: Callable[[argparse.Namespace], None], help: str, form: bool = True) -> Any:
+        """A command's own parser.
+
+        Args:
+            run: Does it.
+            form: Whether it takes ``--format``.
+        """
+        command = self._commands.add_parser(name, help=help, description=help)
+        command.set_defaults(run=run)
+        if form:
+            command.add_argument("--format", choices=("text", "json"), default="text", help="how results are printed")
+        return command
+
+
+def learning_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("learning")
+    group.add_argument(
+        "--method",
+        default="prompt",
+        metavar="M",
+        help="prompt, tokens, heads or weights, or several with + between them (default: %(default)s)",
+    )
+    group.add_argument(
+        "--mix",
+        metavar="S,S,...",
+        help="scores taught along with the score, or none (default: attention with denoising, none with others)",
+    )
+    group.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
+    group.add_argument("--rank", type=int, default=4, help="rank of the prompts (default: %(default)s)")
+    group.add_argument("--prompt-scale", type=float, default=1.0, metavar="X", help="multiplies the prompts' change")
+    group.add_argument(
+        "--projections", metavar="P,P,...", help="what prompts change, of q,k,v,out (default: all of them)"
+    )
+    group.add_argument(
+        "--attention",
+        choices=("cross", "self", "all"),
+        default="cross",
+        help="attention layers that are prompted (default: %(default)s)",
+    )
+    group.add_argument("--prompt-layers", metavar="L,L,...", help="of the cross-attention layers, such as mid_block")
+    group.add_argument("--tokens", type=int, default=0, metavar="N", help="soft tokens, where these are learned")
+    group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
+    group.add_argument("--learning-rate", type=float, metavar="LR")
+    group.add_argument("--negatives", type=int, metavar="N", help="captions of others for each right pair")
+    group.add_argument(
+        "--image-negatives", type=int, metavar="N", help="pictures of other examples for each right pair"
+    )
+    group.add_argument("--swaps", type=int, metavar="N", help="captions with two words exchanged for each right pair")
+    group.add_argument(
+        "--candidates", type=int, metavar="N", help="images, and texts, of an example at most in a step (default: 4)"
+    )
+    held = group.add_mutually_exclusive_group()
+    held.add_argument("--folds", type=int, metavar="N", help="parts that are held out by turns")
+    held.add_argument("--hold-out", type=float, metavar="SHARE", help="hold out this share once instead: faster")
+    group.add_argument("--gradient-accumulation-steps", type=int, metavar="N", help="parts of a batch, to save memory")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="compute again rather than keep in memory")
+
+
+def model_options(command: argparse.ArgumentParser, adapter: bool = True) -> None:
+    group = command.add_argument_group("model and score")
+    group.add_argument("--model", metavar="M", help="alias, hub name or folder (default: the adapter's base, or tiny)")
+    if adapter:
+        group.add_argument(
+            "--adapter", metavar="DIR", help="what was learned: a folder of ours or of the authors' format, or a LoRA"
+        )
+    group.add_argument("--score", choices=SCORE_KINDS, help="default: the adapter's, or denoising")
+    steps = group.add_mutually_exclusive_group()
+    steps.add_argument("--timesteps", type=integers, metavar="T,T,...", help="timesteps, such as 189,389")
+    steps.add_argument("--steps", type=int, metavar="N", help="that many timesteps, evenly spread")
+    group.add_argument("--layers", metavar="L,L,...", help="cross-attention layers to look at, such as mid_block")
+    group.add_argument("--noise", metavar="FILE", help="a .npy file of shape (timesteps, channels, height, width)")
+    group.add_argument("--seed", type=int, metavar="S", help="decides the noise (default: 0)")
+    group.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the model's own)")
+    group.add_argument("--batch-size", type=int, metavar="N", help="rows a pass; halved when memory runs out")
+    group.add_argument("--device", metavar="D", help="such as cpu or cuda (default: a GPU if there is one)")
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+
+
+def world_options(command: argparse.ArgumentParser, split: bool = True, benchmark: bool = False) -> None:
+    group = command.add_argument_group("world")
+    if benchmark:
+        default = f"test, of {', '.join(SPLITS)}; of a benchmark its first"
+        group.add_argument("--split", metavar="S", help=f"default: {default}")
+    elif split:
+        group.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
+    group.add_argument("--level", choices=LEVELS, default="standard", help="default: %(default)s")
+    what = "examples" if split else "held-out examples"
+    group.add_argument("--count", type=int, default=300, metavar="N", help=f"{what} (default: %(default)s)")
+    group.add_argument("--novel", action="store_true", help="ask about the words that pretraining never saw")
+
+
+def integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected integers with commas between them") from None
+
+
+def matcher_of(a: argparse.Namespace) -> Matcher:
+    from zipfile import BadZipFile
+
+    import numpy as np
+    import torch
+
+    from dsd.matcher import Matcher
+    from dsd.scores import even_timesteps
+
+    noise = None
+    if a.noise is not None:
+        try:
+            with open(a.noise, "rb") as file:
+                noise = np.load(file, allow_pickle=False)
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise OptionError(
+                f"{a.noise}: got a file that cannot be read ({error}), expected an array saved by numpy.save"
+            ) from None
+        if not isinstance(noise, np.ndarray):
+            raise OptionError(f"{a.noise}: got an archive, expected one array saved by numpy.save")
+    if a.device is not None:
+        try:
+            torch.zeros(1, device=a.device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise OptionError(
+                f"got device {a.device!r} ({str(error).splitlines()[0]}), expected one that is there, such as cpu"
+            ) from None
+    return Matcher.from_pretrained(
+        a.model,
+        adapter=getattr(a, "adapter", None),
+        score=a.score,
+        timesteps=a.timesteps if a.steps is None else even_timesteps(a.steps),
+        layers=None if a.layers is None else a.layers.split(","),
+        seed=a.seed,
+        size=a.size,
+        batch_size=a.batch_size,
+        noise=noise,
+        device=a.device,
+        dtype=getattr(torch, a.dtype),
+    )
+
+
+def accelerator_of(a: argparse.Namespace) -> Any:
+    """What ``accelerate launch`` started this process for; None if it did not."""
+    if not any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE")):
+        return None
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=a.device == "cpu")
+    if a.device is None:
+        a.device = str(accelerator.device)
+    return accelerator
+
+
+def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
+    from dsd.learn import FitConfig
+    from dsd.prompts import PromptConfig
+
+    given = {
+        "steps": a.max_steps,
+        "learning_rate": a.learning_rate,
+        "seed": a.seed,
+        "negatives": a.negatives,
+        "image_negatives": a.image_negatives,
+        "swaps": a.swaps,
+        "candidates": a.candidates,
+        "folds": a.folds,
+        "validation": a.hold_out,
+        "gradient_accumulation_steps": a.gradient_accumulation_steps,
+    }
+    mix = None if a.mix is None else () if a.mix == "none" else tuple(a.mix.split(","))
+    config = FitConfig(
+        method=a.method,
+        mix=mix,
+        objective=a.objective,
+        gradient_checkpointing=a.gradient_checkpointing,
+        **{k: v for k, v in given.items() if v is not None},
+    )
+    where: dict[str, Any] = {}
+    if a.projections is not None:
+        names = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
+        unknown = [p for p in a.projections.split(",") if p not in names]
+        if unknown:
+            raise OptionError(f"got projections {', '.join(unknown)}, expected some of {', '.join(names)}")
+        where["projections"] = tuple(names[p] for p in a.projections.split(","))
+    if a.prompt_layers is not None:
+        where["layers"] = tuple(a.prompt_layers.split(","))
+    return config, PromptConfig(rank=a.rank, scale=a.prompt_scale, attention=a.attention, tokens=a.tokens, **where)
