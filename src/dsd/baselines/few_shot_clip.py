@@ -48,7 +48,7 @@ class FewShotClip(Clip):
         options: As for :class:`dsd.baselines.towers.Clip`.
     """
 
-    defaults: ClassVar[FitConfig] = FitConfig()
+    defaults: ClassVar[FitConfig] = FitConfig(candidates=None)
 
     def __init__(self, model: str = "clip-tiny", *, fit_config: FitConfig | None = None, **options: Any) -> None:
         super().__init__(model, **options)
@@ -212,7 +212,7 @@ class LinearProbe(FewShotClip):
     """
 
     name = "clip-linear-probe"
-    defaults = FitConfig()
+    defaults = FitConfig(candidates=None)
 
     def _settings(self) -> dict[str, Any]:
         return {}
@@ -353,7 +353,7 @@ class _Gradient(FewShotClip):
         pixels = [list(self.pixels([pictures_of([i])[1].popitem()[1] for i in e.images])) for e in examples]
         parameters = self._attach(config.seed)
         try:
-            negatives = Negatives(examples, config.negatives, config.image_negatives, config.swaps)
+            negatives = Negatives(examples, config.negatives, config.image_negatives, config.swaps, config.candidates)
             optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
             order: list[int] = []
             for step in range(1, steps + 1):
@@ -418,7 +418,7 @@ class CoOp(_Gradient):
     """
 
     name = "clip-coop"
-    defaults = FitConfig(learning_rate=5e-3, weight_decay=0.01, steps=200)
+    defaults = FitConfig(learning_rate=5e-3, weight_decay=0.01, steps=200, candidates=None)
 
     def __init__(self, model: str = "clip-tiny", *, tokens: int = 4, **options: Any) -> None:
         if tokens < 1:
@@ -506,7 +506,7 @@ class Lora(_Gradient):
     """
 
     name = "clip-lora"
-    defaults = FitConfig(learning_rate=2e-3, weight_decay=0.01, steps=100, check_every=20, patience=3)
+    defaults = FitConfig(learning_rate=2e-3, weight_decay=0.01, steps=100, check_every=20, patience=3, candidates=None)
     PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
