@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from dsd.baselines.diffusion import DiffusionClassifier, DiffusionITM, spaced_ti
 from dsd.baselines.few_shot_clip import CoOp, FewShotClip, LinearProbe, Lora
 from dsd.baselines.towers import Clip, Siglip
 from dsd.baselines.trivial import CaptionLength, Chance
+from dsd.cli import main
 from dsd.contracts import (
     AdapterError,
     Example,
@@ -506,3 +509,86 @@ def test_a_colour_is_told_by_a_taught_clip_in_the_right_direction(folders: dict[
     red, blue = toy(2, seed=7)
     assert method.score(red.images, COLOURS).scores[0].argmax() == 1
     assert method.score(blue.images, COLOURS).scores[0].argmax() == 0
+
+
+# The command
+
+
+@pytest.fixture
+def dsd(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs a command: its status, output and errors."""
+
+    def run(*argv: object) -> tuple[int, str, str]:
+        status = main([str(a) for a in argv])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run
+
+
+WORLD = ("comvg", "--level", "easy", "--count", "12", "--split", "val", "--format", "json")
+
+
+def test_eval_measures_a_baseline(dsd: Callable[..., Any], folders: dict[str, str]) -> None:
+    status, out, err = dsd("eval", *WORLD, "--baseline", "clip", "--baseline-model", "clip-tiny")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    direct = evaluate(Clip("clip-tiny"), world_task("comvg", "val", "easy", 12, 0))
+    assert found["metrics"]["accuracy"] == direct.metrics["accuracy"]
+    assert found["config"]["baseline"] == "clip"
+    # the seed is the world's, and that of methods that have one
+    status, out, _ = dsd("eval", *WORLD, "--baseline", "chance", "--seed", "5")
+    assert (status, json.loads(out)["config"]["seed"]) == (0, 5)
+    args = (
+        "--baseline",
+        "diffusion-itm",
+        "--baseline-model",
+        folders["diffusion"],
+        "--steps",
+        "2",
+        "--dtype",
+        "float32",
+    )
+    status, out, _ = dsd("eval", *WORLD, *args)
+    assert (status, json.loads(out)["config"]["samples"]) == (0, 2)
+
+
+def test_eval_teaches_a_baseline_and_goes_on(dsd: Callable[..., Any], tmp_path: Path) -> None:
+    args = ("--baseline", "clip-linear-probe", "--shots", "8", "--folds", "2")
+    status, out, _ = dsd("eval", *WORLD, *args, "--out", tmp_path / "run")
+    assert status == 0
+    found = json.loads(out)
+    training = found["config"]["training"]
+    assert (training["examples"], training["config"]["folds"]) == (8, 2)
+    assert (tmp_path / "run" / "baseline" / "baseline.json").exists()
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:  # what was learned is taken from the folder
+        patch.setattr(LinearProbe, "fit", None)
+        status, out, _ = dsd("eval", *WORLD, *args, "--out", tmp_path / "run")
+    assert (status, json.loads(out)["metrics"]) == (0, found["metrics"])
+    status, out, _ = dsd("eval", *WORLD, "--baseline", "caption-length", "--shots", "6")
+    assert (status, json.loads(out)["config"]["baseline"]) == (0, "caption-length")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--baseline clip --model tiny", "--model with --baseline"),
+        ("--baseline clip --score attention", "--score with --baseline"),
+        ("--baseline clip --shots 4", "a baseline that learns: caption-length, clip-linear-probe"),
+        ("--baseline chance --baseline-model tiny", "model"),
+        ("--baseline clip --baseline-model nowhere", "clip-tiny"),
+        ("--baseline caption-length --shots 4 --folds 2", "options of learning"),
+        ("--baseline-model clip-tiny", "without --baseline"),
+    ],
+)
+def test_eval_refuses_what_does_not_go_together(dsd: Callable[..., Any], args: str, words: str) -> None:
+    status, out, err = dsd("eval", *WORLD, *args.split())
+    assert (status, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_names_of_baselines_need_no_torch() -> None:
+    code = "import sys, dsd.baselines; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

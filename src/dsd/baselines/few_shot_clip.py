@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dsd.adapt import turns_of
-from dsd.baselines.base import pictures_of
 from dsd.baselines.towers import Clip, Tokens
 from dsd.contracts import AdapterError, Example, ModelError, OptionError, Pair
 from dsd.evaluate import dataset_checksum, write_text
+from dsd.images import load_image
 from dsd.jury import Judged, Jury
 from dsd.learn import FitConfig, choice_loss
 from dsd.lesson import Drawn, Negatives, choices_of, folds
@@ -298,8 +298,12 @@ class _Gradient(FewShotClip):
         """A copy of what is attached."""
 
     @abstractmethod
-    def _embed(self, pixels: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Unit vectors of pictures (each (3, h, w)) and captions, with gradient to what is attached."""
+    def _embed(self, seen: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Unit vectors of pictures, as :meth:`_see` has them, and captions, with gradient to what is attached."""
+
+    def _see(self, pictures: Sequence[Any]) -> Tensor:
+        """RGB pictures as the steps need them: (n, ...); their pixels, unless the picture's tower does not learn."""
+        return self.pixels(pictures)
 
     def _learn(
         self, examples: list[Example], validation: list[Example] | None, config: FitConfig, progress: bool
@@ -350,7 +354,8 @@ class _Gradient(FewShotClip):
                 ranks.append(jury.judge(trail.scores[-1]).rank)
 
         look(0, {})
-        pixels = [list(self.pixels([pictures_of([i])[1].popitem()[1] for i in e.images])) for e in examples]
+        with torch.no_grad():
+            seen = [list(self._see([load_image(i) for i in e.images])) for e in examples]
         parameters = self._attach(config.seed)
         try:
             negatives = Negatives(examples, config.negatives, config.image_negatives, config.swaps, config.candidates)
@@ -366,7 +371,7 @@ class _Gradient(FewShotClip):
                 drawn = [negatives.join(i, rng) for i in batch]
                 with torch.random.fork_rng():  # of dropout
                     torch.manual_seed(rng.getrandbits(48))
-                    loss = self._loss(drawn, pixels, config)
+                    loss = self._loss(drawn, seen, config)
                 if not math.isfinite(loss.item()):
                     raise ModelError(f"got a loss of {loss.item()} at step {step}; lower the learning rate")
                 # cosine to zero after a short rise
@@ -387,11 +392,11 @@ class _Gradient(FewShotClip):
             self._use({})
         return trail
 
-    def _loss(self, batch: Sequence[Drawn], pixels: list[list[Tensor]], config: FitConfig) -> Tensor:
+    def _loss(self, batch: Sequence[Drawn], seen: list[list[Tensor]], config: FitConfig) -> Tensor:
         """The mean loss of examples, of whose pictures and captions each distinct one goes through the towers once."""
         images = list(dict.fromkeys(place for drawn in batch for place in drawn.images))
         texts = list(dict.fromkeys(text for drawn in batch for text in drawn.texts))
-        image, text = self._embed([pixels[i][k] for i, k in images], texts)
+        image, text = self._embed([seen[i][k] for i, k in images], texts)
         at, of = {place: n for n, place in enumerate(images)}, {t: n for n, t in enumerate(texts)}
         table = self.scale * image @ text.T
         losses = []
@@ -486,10 +491,11 @@ class CoOp(_Gradient):
         finally:
             hook.remove()
 
-    def _embed(self, pixels: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            image = self.embed_pixels(torch.stack(pixels))
-        return image, self.embed_texts(texts)
+    def _see(self, pictures: Sequence[Any]) -> Tensor:
+        return self.embed_images(pictures)
+
+    def _embed(self, seen: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
+        return torch.stack(seen), self.embed_texts(texts)
 
 
 class Lora(_Gradient):
@@ -557,9 +563,9 @@ class Lora(_Gradient):
         self.model.requires_grad_(False)
         self.forget()
 
-    def _embed(self, pixels: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
+    def _embed(self, seen: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
         self.model.train()  # dropout; the towers have none of their own
         try:
-            return self.embed_pixels(torch.stack(pixels)), self.embed_texts(texts)
+            return self.embed_pixels(torch.stack(seen)), self.embed_texts(texts)
         finally:
             self.model.eval()
