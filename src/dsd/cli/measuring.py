@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsd.baselines import BASELINES, baseline, load_baseline
 from dsd.cli.options import (
     WORLD_TASKS,
     Commands,
+    given_of,
     learning_options,
     lesson_of,
     matcher_of,
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from dsd.contracts import Example
+    from dsd.evaluate import Result
     from dsd.scores import ScoreConfig
     from dsd.trial import Lesson
     from dsd.work import Cost
@@ -54,6 +58,16 @@ def add(commands: Commands) -> None:
         help="also save the whole result, scores included; into a folder with the scores as Parquet too, and part by "
         "part, so that the same command goes on where it was stopped",
     )
+    group = evaluate.add_argument_group("baselines")
+    group.add_argument(
+        "--baseline",
+        choices=BASELINES,
+        metavar="NAME",
+        help=f"measure another method instead: {', '.join(BASELINES)}",
+    )
+    group.add_argument(
+        "--baseline-model", metavar="M", help="its model: clip-tiny, tiny, a folder or a hub name (default: its own)"
+    )
     group = evaluate.add_argument_group("few-shot")
     group.add_argument("--shots", type=int, metavar="N", help="learn from N examples before measuring")
     group.add_argument(
@@ -73,8 +87,7 @@ def add(commands: Commands) -> None:
 
 def _eval(a: argparse.Namespace) -> None:
     from dsd import trial
-    from dsd.evaluate import SCORES, check_parquet, claim, dataset_checksum, evaluate
-    from dsd.report import format_interval
+    from dsd.evaluate import check_parquet, claim, dataset_checksum, evaluate
 
     folder = None if a.out is None or a.out.endswith(".json") else a.out
     if folder is not None:
@@ -83,6 +96,11 @@ def _eval(a: argparse.Namespace) -> None:
             raise OptionError(f"got the file {folder} for --out, expected a folder, or a name that ends in .json")
     examples, credits, source = _examples(a)  # before the model, which may take long to load
     lesson = _few_shot(a, examples)
+    if a.baseline is not None:
+        _finish(a, _eval_baseline(a, examples, credits, source, lesson, folder), folder)
+        return
+    if a.baseline_model is not None:
+        raise OptionError("got --baseline-model without --baseline, expected both; --model names ours")
     matcher = matcher_of(a)
     request = trial.request(matcher, source, adapter=a.adapter, lesson=lesson)
     if lesson is not None:
@@ -99,6 +117,89 @@ def _eval(a: argparse.Namespace) -> None:
         request=request,
         announce=lambda cost: _announce(cost, matcher.score_config),
     )
+    _finish(a, result, folder)
+
+
+_OURS = ("model", "adapter", "score", "timesteps", "layers", "noise")
+"""Options that say nothing to a baseline."""
+
+
+def _eval_baseline(
+    a: argparse.Namespace,
+    examples: Sequence[Example],
+    credits: Sequence[np.ndarray | None] | None,
+    source: Mapping[str, Any],
+    lesson: Lesson | None,
+    folder: str | None,
+) -> Result:
+    """Measures another method, which learns before if it can and was asked to."""
+    from dsd.evaluate import claim, dataset_checksum, evaluate
+
+    entry = BASELINES[a.baseline]
+    ours = [f"--{name}" for name in _OURS if getattr(a, name) is not None]
+    if ours:
+        raise OptionError(
+            f"got {', '.join(ours)} with --baseline, expected --baseline-model, and --steps for one of diffusion"
+        )
+    if lesson is not None and not entry.few_shot:
+        learners = ", ".join(name for name, one in BASELINES.items() if one.few_shot)
+        raise OptionError(f"got --shots with {a.baseline}, expected a baseline that learns: {learners}")
+    given = {
+        "model": a.baseline_model,
+        "samples": a.steps,
+        "size": a.size,
+        "batch_size": a.batch_size,
+        "device": a.device,
+        # of the world's examples too
+        "seed": a.seed if entry.model == "diffusion" or a.baseline == "chance" else None,
+    }
+    if a.dtype != "float32":
+        import torch
+
+        given["dtype"] = getattr(torch, a.dtype)
+    made: Any = baseline(a.baseline, **{k: v for k, v in given.items() if v is not None})
+    learning: dict[str, Any] | None = None
+    if lesson is not None:
+        options = {k: v for k, v in given_of(a).items() if k != "seed"}
+        if options and not hasattr(made, "fit_config"):
+            raise OptionError(f"got options of learning with {a.baseline}, which has none; leave them out")
+        if options:
+            made.fit_config = replace(made.fit_config, **options)
+        learning = {"shots": len(lesson.examples), "seed": a.shot_seed, "dataset": dataset_checksum(lesson.examples)}
+        learning["options"] = options
+    request = {"source": source, "config": dict(made.config), "few_shot": learning}
+    if folder is not None:
+        claim(folder, dataset_checksum(examples, credits), request)  # not after hours of learning
+    if lesson is not None:
+        made = _taught(made, lesson, folder, a.shot_seed)
+    return evaluate(
+        made,
+        examples,
+        progress=watched(),
+        credits=credits,
+        out=folder,
+        request=request,
+        announce=lambda cost: _announce(cost, None),
+    )
+
+
+def _taught(made: Any, lesson: Lesson, folder: str | None, seed: int) -> Any:
+    """A baseline that has learned; what was learned is kept in the folder, and taken from there."""
+    kept = None if folder is None or not hasattr(made, "save") else Path(folder) / "baseline"
+    if kept is not None and (kept / "baseline.json").exists():
+        return load_baseline(kept)
+    options = {"progress": watched()} if kept is not None or hasattr(made, "save") else {}
+    made.fit(lesson.examples, seed=seed, **options)
+    if kept is not None:
+        made.save(kept)
+    return made
+
+
+def _finish(a: argparse.Namespace, result: Result, folder: str | None) -> None:
+    """Saves a result where it was asked for, and prints it."""
+    from dsd.evaluate import SCORES
+    from dsd.report import format_interval
+
     if folder is not None:
         result.save_scores(os.path.join(folder, SCORES))
     elif a.out is not None:
@@ -178,22 +279,24 @@ def _few_shot(a: argparse.Namespace, examples: Sequence[Example]) -> Lesson | No
     return Lesson(tuple(few), replace(config, seed=a.shot_seed), prompt)
 
 
-def _announce(cost: Cost, score: ScoreConfig) -> None:
-    """Says what a long evaluation will cost."""
-    from dsd.scores import SCORES, WEIGHTED
-
+def _announce(cost: Cost, score: ScoreConfig | None) -> None:
+    """Says what a long evaluation will cost; a score of ours also in passes."""
     if cost.seconds < LONG:
         return
-    steps = len(score.timesteps)
-    # the empty caption's passes are shared by all captions of an image
-    empty = score.kind == WEIGHTED or any(SCORES[kind].empty for kind in score.weights or (score.kind,))
-    passes = steps * (cost.pairs + (cost.images if empty else 0))
+    passes = f"{cost.pairs:,} pairs to score"
+    if score is not None:
+        from dsd.scores import SCORES, WEIGHTED
+
+        steps = len(score.timesteps)
+        # the empty caption's passes are shared by all captions of an image
+        empty = score.kind == WEIGHTED or any(SCORES[kind].empty for kind in score.weights or (score.kind,))
+        passes = f"about {steps * (cost.pairs + (cost.images if empty else 0)):,} denoiser passes"
     unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if cost.seconds >= s), ("s", 1))
     time = f"{cost.seconds / size:,.{0 if cost.seconds >= 10 * size else 1}f} {unit}"
     done = f"{cost.done:,} of {cost.done + cost.pairs:,} pairs are done; left are "
     print(
-        f"dsd eval: {done}{cost.images:,} images and {cost.texts:,} texts to encode and about {passes:,} denoiser "
-        f"passes, about {time} judging by {cost.measured} pairs",
+        f"dsd eval: {done}{cost.images:,} images and {cost.texts:,} texts to encode and {passes}, "
+        f"about {time} judging by {cost.measured} pairs",
         file=sys.stderr,
         flush=True,
     )
