@@ -53,7 +53,7 @@ sheet = Image.new("RGB", (100 * len(found.words), 100))
 for i, heat in enumerate(found.maps):
     shown = Image.fromarray((255 * heat).astype("uint8")).resize((96, 96), Image.Resampling.BICUBIC)
     sheet.paste(shown.convert("RGB"), (100 * i, 0))
-print(*(f"{word} {share:+.2f}" for word, share in zip(found.words, found.by_word)), sep="   ")
+print(*(f"{word} {share:+.2f}" for word, share in zip(found.words, found.by_word, strict=True)), sep="   ")
 sheet
 ---
 # How good is it?

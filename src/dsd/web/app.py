@@ -43,6 +43,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": wire.Error, "description": "A form that cannot be read"},
     401: {"model": wire.Error, "description": "No token, or another one"},
     403: {"model": wire.Error, "description": "Asked by another site's page"},
+    404: {"model": wire.Error, "description": "A model that is not there"},
     408: {"model": wire.Error, "description": "The request took too long to arrive"},
     413: {"model": wire.Error, "description": "Beyond a limit of size or count"},
     415: {"model": wire.Error, "description": "Another content type"},
@@ -159,6 +160,7 @@ def create_app(
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
+        service.worker.open()  # an application can be started again
         try:
             yield
         finally:

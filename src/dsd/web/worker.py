@@ -55,9 +55,20 @@ class Worker:
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
         self._changed = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._loop, name="dsd-model", daemon=True)
-        self._thread.start()
+        self._stopping = True
+        self._thread: threading.Thread | None = None
+        self.open()
+
+    def open(self) -> None:
+        """Takes requests, again if it was closed; nothing if it does already."""
+        if self._stopping and self._thread is not None:
+            self._thread.join()  # never two that own the models
+        with self._changed:
+            if not self._stopping:
+                return
+            self._stopping = False
+            self._thread = threading.Thread(target=self._loop, name="dsd-model", daemon=True)
+            self._thread.start()
 
     @property
     def waiting(self) -> int:
@@ -67,7 +78,7 @@ class Worker:
     @property
     def alive(self) -> bool:
         """Whether it answers."""
-        return self._thread.is_alive() and not self._stopping
+        return self._thread is not None and self._thread.is_alive() and not self._stopping
 
     def score(self, name: str, pairs: Sequence[Pair]) -> Future[np.ndarray]:
         """Scores pairs with the matcher of a name: (n,) float32.
@@ -90,7 +101,8 @@ class Worker:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        self._thread.join(timeout)
+        if self._thread is not None:
+            self._thread.join(timeout)  # if it takes longer, it ends with what it is at
         with self._changed:
             left, self._jobs = list(self._jobs), deque()
         for job in left:
