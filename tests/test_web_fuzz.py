@@ -1,4 +1,4 @@
-"""Requests made from the API's own schema: whatever comes, the answer is one that the schema tells of, and never a 5xx."""
+"""Requests made from the API's own schema: every answer is one that the schema tells of, and never a 5xx."""
 
 from __future__ import annotations
 
