@@ -16,7 +16,7 @@ export function make(tag, attributes = {}, ...children) {
 
 // A map of 0..1 as a veil that is open where the map is high.
 export function veil(canvas, map) {
-  paint(canvas, map, (value) => [8, 10, 18, Math.round(195 * (1 - Math.min(1, Math.max(0, value))) ** 0.8)]);
+  paint(canvas, map, (value) => [8, 10, 18, Math.round(170 * (1 - Math.min(1, Math.max(0, value))) ** 0.8)]);
 }
 
 // A map of -1..1: blue where A fits better, orange where B does.
