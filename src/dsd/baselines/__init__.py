@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsd.contracts import OptionError
+from dsd.contracts import AdapterError, OptionError
 
 if TYPE_CHECKING:
     from dsd.baselines.base import Baseline
@@ -91,6 +91,7 @@ def load_baseline(folder: str | Path, **options: Any) -> Baseline:
     entry = BASELINES.get(name)
     kind = None if entry is None else getattr(import_module(f"dsd.baselines.{entry.module}"), entry.kind)
     if kind is None or not issubclass(kind, FewShotClip):
-        raise OptionError(f"{folder}: got baseline {name!r}, expected one that learns")
+        learners = ", ".join(name for name, entry in BASELINES.items() if entry.few_shot and entry.model)
+        raise AdapterError(f"{folder}: got baseline {name!r}, expected one of {learners}; fit and save again")
     made: Baseline = kind.load(folder, **options)
     return made

@@ -69,9 +69,7 @@ class Baseline(ABC):
         return ScoreTable(np.asarray(scores, np.float32), names, tuple(texts), self.config)
 
 
-def listed(
-    images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]
-) -> tuple[list[ImageInput], list[str]]:
+def listed(images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> tuple[list[ImageInput], list[str]]:
     """Images and texts as lists, at least one of each."""
     pictures: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
     captions = [texts] if isinstance(texts, str) else list(texts)
@@ -98,7 +96,7 @@ class Encoded:
         self._cache: Cache[Tensor] = Cache(8192)
 
     @torch.no_grad()
-    def __call__(self, items: Mapping[Hashable, Any]) -> dict[Hashable, Tensor]:
+    def __call__(self, items: Mapping[str, Any]) -> dict[str, Tensor]:
         """Items by key => their tensors by key."""
         found = {key: value for key in items if (value := self._cache.get(key)) is not None}
         missing = [key for key in items if key not in found]

@@ -6,7 +6,8 @@ and noise for all candidates. Their passes are counted, since that is what they 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -22,7 +23,7 @@ from dsd.scorer import Scorer, check_text
 from dsd.scores import ScoreConfig, noised_pass
 
 Loss = Literal["l1", "l2", "huber"]
-_LOSSES = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
+_LOSSES: dict[str, Callable[..., Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss, "huber": F.huber_loss}
 
 
 def spaced_timesteps(samples: int, total: int = 1000) -> tuple[int, ...]:
@@ -182,8 +183,8 @@ class DiffusionClassifier(_Noise):
         self.stages = None if stages is None else tuple((int(n), int(k)) for n, k in stages)
         if self.stages is not None:
             counts, kept = [n for n, _ in self.stages], [k for _, k in self.stages]
-            rising = all(a < b and b % a == 0 for a, b in zip(counts, counts[1:], strict=False))
-            falling = all(a >= b for a, b in zip(kept, kept[1:], strict=False))
+            rising = all(0 < a < b and b % a == 0 for a, b in pairwise(counts))
+            falling = all(a >= b for a, b in pairwise(kept))
             if not counts or counts[0] < 1 or not rising or counts[-1] != self.samples or not falling or kept[-1] < 1:
                 raise OptionError(
                     f"got stages {self.stages}, expected (timesteps, candidates kept) with timesteps that each divide "
@@ -235,7 +236,9 @@ class DiffusionClassifier(_Noise):
             for count, keep in self.stages:
                 distance = self.samples // count
                 here = [
-                    s * self.trials + k for s in range(distance // 2, self.samples, distance) for k in range(self.trials)
+                    s * self.trials + k
+                    for s in range(distance // 2, self.samples, distance)
+                    for k in range(self.trials)
                 ]
                 fresh = [d for d in here if d not in tried]
                 tried += fresh
@@ -248,7 +251,7 @@ class DiffusionClassifier(_Noise):
                 order = np.argsort(means, kind="stable")
                 out.append([left[i] for i in order[keep:]])
                 left = sorted(left[i] for i in order[:keep])
-        scores = -errors.mean(1, where=~np.isnan(errors)).astype(np.float32)
+        scores: np.ndarray = -errors.mean(1, where=~np.isnan(errors)).astype(np.float32)
         floor = scores[left].min()
         for group in reversed(out):
             if group:

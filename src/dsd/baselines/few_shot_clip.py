@@ -25,15 +25,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dsd.adapt import turns_of
-from dsd.baselines.base import pictures_of
 from dsd.baselines.towers import Clip, Tokens
 from dsd.contracts import AdapterError, Example, ModelError, OptionError, Pair
 from dsd.evaluate import dataset_checksum, write_text
+from dsd.images import load_image
 from dsd.jury import Judged, Jury
 from dsd.learn import FitConfig, choice_loss
 from dsd.lesson import Drawn, Negatives, choices_of, folds
 from dsd.metrics import bootstrap_interval
-from dsd.weights import fit_weights
+from dsd.weights import Choice, fit_weights
 
 _FORMAT = 1
 
@@ -48,7 +48,7 @@ class FewShotClip(Clip):
         options: As for :class:`dsd.baselines.towers.Clip`.
     """
 
-    defaults: ClassVar[FitConfig] = FitConfig()
+    defaults: ClassVar[FitConfig] = FitConfig(candidates=None)
 
     def __init__(self, model: str = "clip-tiny", *, fit_config: FitConfig | None = None, **options: Any) -> None:
         super().__init__(model, **options)
@@ -146,25 +146,51 @@ class FewShotClip(Clip):
             ModelError: If the model that it was learned for cannot be loaded.
         """
         where = Path(folder)
+        record = read_record(where)
         try:
-            record = json.loads((where / "baseline.json").read_text("utf-8"))
             learned = load_file(where / "learned.safetensors")
-            name, model, settings = record["baseline"], record["model"], dict(record["settings"])
-        except Exception as error:
+        except Exception as error:  # OSError, or whatever safetensors has for a broken file
             raise AdapterError(
-                f"{where}: got no readable baseline.json and learned.safetensors ({error}), expected a folder that "
-                "save wrote; fit and save again"
+                f"{where}: got no readable learned.safetensors ({error}), expected a folder that save wrote; fit and "
+                "save again"
             ) from error
-        if name != cls.name or record.get("format") != _FORMAT:
-            raise AdapterError(f"{where}: got {name!r}, format {record.get('format')}, expected {cls.name!r}, {_FORMAT}")
-        made = cls(**{"model": model, **settings, **options})
+        if record["baseline"] != cls.name:
+            raise AdapterError(f"{where}: got baseline {record['baseline']!r}, expected {cls.name!r}; load it as that")
+        try:
+            made = cls(**{"model": record["model"], **record["settings"], **options})
+        except TypeError as error:
+            raise AdapterError(f"{where}: got settings of another method ({error}); fit and save again") from error
         made.training = record["training"]
         made.learned = learned
         try:
             made._use(learned)
         except (KeyError, RuntimeError, ValueError) as error:
-            raise AdapterError(f"{where}: what was learned does not fit {model} ({error}); fit again") from error
+            raise AdapterError(
+                f"{where}: what was learned does not fit {made.model_name} ({error}); fit again"
+            ) from error
         return made
+
+
+def read_record(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What is kept of a taught baseline beside its weights.
+
+    Raises:
+        AdapterError: If the folder holds none, or of another format.
+    """
+    path = Path(folder) / "baseline.json"
+    try:
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        whole = record["format"] == _FORMAT and all(
+            isinstance(record[k], kind)
+            for k, kind in {"baseline": str, "model": str, "settings": dict, "training": dict}.items()
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"{path}: got no readable file ({error}), expected one that save wrote; save again"
+        ) from error
+    if not whole:
+        raise AdapterError(f"{path}: got format {record['format']}, expected {_FORMAT}; fit and save again")
+    return record
 
 
 def accuracies(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, float]:
@@ -186,7 +212,7 @@ class LinearProbe(FewShotClip):
     """
 
     name = "clip-linear-probe"
-    defaults = FitConfig()
+    defaults = FitConfig(candidates=None)
 
     def _settings(self) -> dict[str, Any]:
         return {}
@@ -204,7 +230,9 @@ class LinearProbe(FewShotClip):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         negatives = Negatives(examples, config.negatives, config.image_negatives, config.swaps)
         rng = random.Random(config.seed)
-        learn_from, judge_by, own = [], [], []
+        learn_from: list[list[Choice]] = []
+        judge_by: list[list[Choice]] = []
+        own: list[int] = []
         pairs: list[Pair] = []
         for i, example in enumerate(examples):
             drawn = negatives.join(i, rng)
@@ -220,7 +248,7 @@ class LinearProbe(FewShotClip):
         fitted = fit_weights(features, features, learn_from, judge_by, prior, groups)
         kept = math.isfinite(fitted.strength)
         jury = Jury(examples)
-        before, after = jury.accuracy(features[own, -1]), jury.accuracy(fitted.scores[own])
+        before, after = jury.accuracy(features[own][:, -1]), jury.accuracy(fitted.scores[own])
         if validation is not None:
             others = Jury(validation)
             seen = self.features(others.pairs)
@@ -270,8 +298,12 @@ class _Gradient(FewShotClip):
         """A copy of what is attached."""
 
     @abstractmethod
-    def _embed(self, pixels: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Unit vectors of pictures (each (3, h, w)) and captions, with gradient to what is attached."""
+    def _embed(self, seen: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Unit vectors of pictures, as :meth:`_see` has them, and captions, with gradient to what is attached."""
+
+    def _see(self, pictures: Sequence[Any]) -> Tensor:
+        """RGB pictures as the steps need them: (n, ...); their pixels, unless the picture's tower does not learn."""
+        return self.pixels(pictures)
 
     def _learn(
         self, examples: list[Example], validation: list[Example] | None, config: FitConfig, progress: bool
@@ -322,10 +354,11 @@ class _Gradient(FewShotClip):
                 ranks.append(jury.judge(trail.scores[-1]).rank)
 
         look(0, {})
-        pixels = [list(self.pixels([pictures_of([i])[1].popitem()[1] for i in e.images])) for e in examples]
+        with torch.no_grad():
+            seen = [list(self._see([load_image(i) for i in e.images])) for e in examples]
         parameters = self._attach(config.seed)
         try:
-            negatives = Negatives(examples, config.negatives, config.image_negatives, config.swaps)
+            negatives = Negatives(examples, config.negatives, config.image_negatives, config.swaps, config.candidates)
             optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
             order: list[int] = []
             for step in range(1, steps + 1):
@@ -335,7 +368,10 @@ class _Gradient(FewShotClip):
                     rng.shuffle(fresh)
                     order += fresh
                 batch, order = order[: config.batch], order[config.batch :]
-                loss = self._loss([negatives.join(i, rng) for i in batch], pixels, config)
+                drawn = [negatives.join(i, rng) for i in batch]
+                with torch.random.fork_rng():  # of dropout
+                    torch.manual_seed(rng.getrandbits(48))
+                    loss = self._loss(drawn, seen, config)
                 if not math.isfinite(loss.item()):
                     raise ModelError(f"got a loss of {loss.item()} at step {step}; lower the learning rate")
                 # cosine to zero after a short rise
@@ -356,11 +392,11 @@ class _Gradient(FewShotClip):
             self._use({})
         return trail
 
-    def _loss(self, batch: Sequence[Drawn], pixels: list[list[Tensor]], config: FitConfig) -> Tensor:
+    def _loss(self, batch: Sequence[Drawn], seen: list[list[Tensor]], config: FitConfig) -> Tensor:
         """The mean loss of examples, of whose pictures and captions each distinct one goes through the towers once."""
         images = list(dict.fromkeys(place for drawn in batch for place in drawn.images))
         texts = list(dict.fromkeys(text for drawn in batch for text in drawn.texts))
-        image, text = self._embed([pixels[i][k] for i, k in images], texts)
+        image, text = self._embed([seen[i][k] for i, k in images], texts)
         at, of = {place: n for n, place in enumerate(images)}, {t: n for n, t in enumerate(texts)}
         table = self.scale * image @ text.T
         losses = []
@@ -387,7 +423,7 @@ class CoOp(_Gradient):
     """
 
     name = "clip-coop"
-    defaults = FitConfig(learning_rate=5e-3, weight_decay=0.01, steps=200)
+    defaults = FitConfig(learning_rate=5e-3, weight_decay=0.01, steps=200, candidates=None)
 
     def __init__(self, model: str = "clip-tiny", *, tokens: int = 4, **options: Any) -> None:
         if tokens < 1:
@@ -419,7 +455,9 @@ class CoOp(_Gradient):
         if learned:
             width = self.model.config.text_config.hidden_size
             if learned["context"].shape != (self.count, width):
-                raise ValueError(f"got context of shape {tuple(learned['context'].shape)}, expected {self.count, width}")
+                raise ValueError(
+                    f"got context of shape {tuple(learned['context'].shape)}, expected {self.count, width}"
+                )
             self._context = nn.Parameter(learned["context"].to(self.model.device), requires_grad=False)
         self.forget()
 
@@ -453,10 +491,11 @@ class CoOp(_Gradient):
         finally:
             hook.remove()
 
-    def _embed(self, pixels: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            image = self.embed_pixels(torch.stack(pixels))
-        return image, self.embed_texts(texts)
+    def _see(self, pictures: Sequence[Any]) -> Tensor:
+        return self.embed_images(pictures)
+
+    def _embed(self, seen: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
+        return torch.stack(seen), self.embed_texts(texts)
 
 
 class Lora(_Gradient):
@@ -473,7 +512,7 @@ class Lora(_Gradient):
     """
 
     name = "clip-lora"
-    defaults = FitConfig(learning_rate=2e-3, weight_decay=0.01, steps=100, check_every=20, patience=3)
+    defaults = FitConfig(learning_rate=2e-3, weight_decay=0.01, steps=100, check_every=20, patience=3, candidates=None)
     PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
@@ -485,47 +524,48 @@ class Lora(_Gradient):
             )
         super().__init__(model, **options)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
-        self._peft: Any = None
+        self._tuner: Any = None
 
     def _settings(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha, "dropout": self.dropout}
 
     def _attach(self, seed: int) -> list[nn.Parameter]:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, LoraModel
 
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=list(self.PROJECTIONS)
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self._peft = get_peft_model(self.model, config)
+            self._tuner = LoraModel(self.model, config, "default")
         self.model.eval()
         self.forget()
-        return [p for p in self._peft.parameters() if p.requires_grad]
+        return list(self._changes().values())
+
+    def _changes(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if "lora_" in name}
 
     def _state(self) -> dict[str, Tensor]:
-        from peft import get_peft_model_state_dict
-
-        return {k: v.detach().cpu().clone() for k, v in get_peft_model_state_dict(self._peft).items()}
+        return {name: p.detach().cpu().clone() for name, p in self._changes().items()}
 
     def _use(self, learned: Mapping[str, Tensor]) -> None:
-        if self._peft is not None:
-            self.model = self._peft.unload()
-            self.model.requires_grad_(False)
-            self._peft = None
+        if self._tuner is not None:
+            self._tuner.unload()  # puts the model's own projections back in place
+            self._tuner = None
         if learned:
-            from peft import set_peft_model_state_dict
-
             self._attach(0)
-            loaded = set_peft_model_state_dict(self._peft, dict(learned))
-            if set(learned) != set(self._state()) or loaded.unexpected_keys:
+            found = self._changes()
+            if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in learned.items()}:
                 raise ValueError("its projections are others")
-            self.model.requires_grad_(False)
+            with torch.no_grad():
+                for name, parameter in found.items():
+                    parameter.copy_(learned[name])
+        self.model.requires_grad_(False)
         self.forget()
 
-    def _embed(self, pixels: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
-        self._peft.train()  # dropout; the towers have none of their own
+    def _embed(self, seen: list[Tensor], texts: list[str]) -> tuple[Tensor, Tensor]:
+        self.model.train()  # dropout; the towers have none of their own
         try:
-            return self.embed_pixels(torch.stack(pixels)), self.embed_texts(texts)
+            return self.embed_pixels(torch.stack(seen)), self.embed_texts(texts)
         finally:
-            self._peft.eval()
+            self.model.eval()

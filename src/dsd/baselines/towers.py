@@ -5,7 +5,6 @@ Radford et al. 2021 (arXiv 2103.00020) and Zhai et al. 2023 (arXiv 2303.15343), 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,8 +18,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from dsd.baselines.base import Baseline, Encoded, pictures_of
-from dsd.contracts import ImageInput, ModelError, Pair, TextError, batched
-from dsd.images import load_image
+from dsd.contracts import ModelError, Pair, TextError, batched
 
 ALIASES = {"clip-tiny": "clip_weights"}
 """Models that ship with the library, by name: folders of ``dsd.tiny``."""
@@ -241,14 +239,3 @@ def _unit(features: Any) -> Tensor:
     """Projected features, bare or as the pooled output of a tower => unit vectors."""
     found = features if isinstance(features, Tensor) else features.pooler_output
     return F.normalize(found.float(), dim=-1)
-
-
-def read_pictures(images: Sequence[ImageInput]) -> list[Any]:
-    """Images as the processors take them."""
-    return [load_image(image) for image in images]
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON object of a file."""
-    found: dict[str, Any] = json.loads(folder.read_text("utf-8"))
-    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class CaptionLength(Baseline):
         lengths = [len(text.split()) + min(len(text), 1023) / 1024 for _, text in pairs]
         return np.array(lengths) * (1 if self.better == "long" else -1)
 
-    def fit(self, examples: Sequence[Example], validation: Sequence[Example] | None = None, *, seed: int = 0) -> Better:
+    def fit(self, examples: Sequence[Example], validation: Sequence[Example] | None = None, *, seed: int = 0) -> Self:
         """Learns whether the right captions of choices among captions are the longer or the shorter ones."""
         longer = 0.0
         for example in (*examples, *(validation or ())):
@@ -75,4 +75,4 @@ class CaptionLength(Baseline):
                 wrong = [lengths[r] for r, own in zip(choice.rows, choice.right, strict=True) if not own]
                 longer += float(np.sign(np.mean(right) - np.mean(wrong)))
         self.better = "long" if longer > 0 else "short"
-        return self.better
+        return self

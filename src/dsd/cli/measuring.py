@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsd.baselines import BASELINES, baseline, load_baseline
 from dsd.cli.options import (
     WORLD_TASKS,
     Commands,
+    given_of,
     learning_options,
     lesson_of,
     matcher_of,
@@ -24,7 +27,7 @@ from dsd.contracts import OptionError
 if TYPE_CHECKING:
     import numpy as np
 
-    from dsd.contracts import Example
+    from dsd.contracts import Example, ImageInput
     from dsd.evaluate import Result
     from dsd.matcher import Matcher
     from dsd.scores import ScoreConfig
@@ -62,6 +65,16 @@ def add(commands: Commands) -> None:
     evaluate.add_argument(
         "--failures", type=int, default=6, metavar="N", help="how many of each kind it shows (default: %(default)s)"
     )
+    group = evaluate.add_argument_group("baselines")
+    group.add_argument(
+        "--baseline",
+        choices=BASELINES,
+        metavar="NAME",
+        help=f"measure another method instead: {', '.join(BASELINES)}",
+    )
+    group.add_argument(
+        "--baseline-model", metavar="M", help="its model: clip-tiny, tiny, a folder or a hub name (default: its own)"
+    )
     group = evaluate.add_argument_group("few-shot")
     group.add_argument("--shots", type=int, metavar="N", help="learn from N examples before measuring")
     group.add_argument(
@@ -81,8 +94,7 @@ def add(commands: Commands) -> None:
 
 def _eval(a: argparse.Namespace) -> None:
     from dsd import trial
-    from dsd.evaluate import SCORES, check_parquet, claim, dataset_checksum, evaluate
-    from dsd.report import format_interval
+    from dsd.evaluate import check_parquet, claim, dataset_checksum, evaluate
 
     if a.failures < 0:
         raise OptionError(f"got --failures {a.failures}, expected 0 or more")
@@ -95,6 +107,11 @@ def _eval(a: argparse.Namespace) -> None:
             raise OptionError(f"got the file {folder} for --out, expected a folder, or a name that ends in .json")
     examples, credits, source = _examples(a)  # before the model, which may take long to load
     lesson = _few_shot(a, examples)
+    if a.baseline is not None:
+        _finish(a, _eval_baseline(a, examples, credits, source, lesson, folder), examples, folder)
+        return
+    if a.baseline_model is not None:
+        raise OptionError("got --baseline-model without --baseline, expected both; --model names ours")
     matcher = matcher_of(a)
     request = trial.request(matcher, source, adapter=a.adapter, lesson=lesson)
     if lesson is not None:
@@ -111,6 +128,95 @@ def _eval(a: argparse.Namespace) -> None:
         request=request,
         announce=lambda cost: _announce(cost, matcher.score_config),
     )
+    _finish(a, result, examples, folder, matcher)
+
+
+_OURS = ("model", "adapter", "score", "timesteps", "layers", "noise")
+"""Options that say nothing to a baseline."""
+
+
+def _eval_baseline(
+    a: argparse.Namespace,
+    examples: Sequence[Example],
+    credits: Sequence[np.ndarray | None] | None,
+    source: Mapping[str, Any],
+    lesson: Lesson | None,
+    folder: str | None,
+) -> Result:
+    """Measures another method, which learns before if it can and was asked to."""
+    from dsd.evaluate import claim, dataset_checksum, evaluate
+
+    entry = BASELINES[a.baseline]
+    ours = [f"--{name}" for name in _OURS if getattr(a, name) is not None]
+    if ours:
+        raise OptionError(
+            f"got {', '.join(ours)} with --baseline, expected --baseline-model, and --steps for one of diffusion"
+        )
+    if lesson is not None and not entry.few_shot:
+        learners = ", ".join(name for name, one in BASELINES.items() if one.few_shot)
+        raise OptionError(f"got --shots with {a.baseline}, expected a baseline that learns: {learners}")
+    given = {
+        "model": a.baseline_model,
+        "samples": a.steps,
+        "size": a.size,
+        "batch_size": a.batch_size,
+        "device": a.device,
+        # of the world's examples too
+        "seed": a.seed if entry.model == "diffusion" or a.baseline == "chance" else None,
+    }
+    if a.dtype != "float32":
+        import torch
+
+        given["dtype"] = getattr(torch, a.dtype)
+    made: Any = baseline(a.baseline, **{k: v for k, v in given.items() if v is not None})
+    learning: dict[str, Any] | None = None
+    if lesson is not None:
+        options = {k: v for k, v in given_of(a).items() if k != "seed"}
+        if options and not hasattr(made, "fit_config"):
+            raise OptionError(f"got options of learning with {a.baseline}, which has none; leave them out")
+        if options:
+            made.fit_config = replace(made.fit_config, **options)
+        learning = {"shots": len(lesson.examples), "seed": a.shot_seed, "dataset": dataset_checksum(lesson.examples)}
+        learning["options"] = options
+    request = {"source": source, "config": dict(made.config), "few_shot": learning}
+    if folder is not None:
+        claim(folder, dataset_checksum(examples, credits), request)  # not after hours of learning
+    if lesson is not None:
+        made = _taught(made, lesson, folder, a.shot_seed)
+    return evaluate(
+        made,
+        examples,
+        progress=watched(),
+        credits=credits,
+        out=folder,
+        request=request,
+        announce=lambda cost: _announce(cost, None),
+    )
+
+
+def _taught(made: Any, lesson: Lesson, folder: str | None, seed: int) -> Any:
+    """A baseline that has learned; what was learned is kept in the folder, and taken from there."""
+    kept = None if folder is None or not hasattr(made, "save") else Path(folder) / "baseline"
+    if kept is not None and (kept / "baseline.json").exists():
+        return load_baseline(kept)
+    options = {"progress": watched()} if kept is not None or hasattr(made, "save") else {}
+    made.fit(lesson.examples, seed=seed, **options)
+    if kept is not None:
+        made.save(kept)
+    return made
+
+
+def _finish(
+    a: argparse.Namespace,
+    result: Result,
+    examples: Sequence[Example],
+    folder: str | None,
+    matcher: Matcher | None = None,
+) -> None:
+    """Saves a result where it was asked for, and prints it; a matcher of ours explains its failures."""
+    from dsd.evaluate import SCORES
+    from dsd.report import format_interval
+
     if folder is not None:
         result.save_scores(os.path.join(folder, SCORES))
     elif a.out is not None:
@@ -134,20 +240,23 @@ def _eval(a: argparse.Namespace) -> None:
 
 
 def _report(
-    a: argparse.Namespace, folder: str | None, matcher: Matcher, result: Result, examples: Sequence[Example]
+    a: argparse.Namespace, folder: str | None, matcher: Matcher | None, result: Result, examples: Sequence[Example]
 ) -> None:
     """Writes the page of failures to wherever it is wanted."""
     from dsd.evaluate import write_text
-    from dsd.explanation import ExplainConfig
+    from dsd.explanation import ExplainConfig, Explanation
     from dsd.pages import failure_page
 
     paths = [path for path in (a.report, folder and os.path.join(folder, "report.html")) if path]
     if not paths:
         return
     config = ExplainConfig(draws=2, words=False)
-    page = failure_page(
-        result, examples, lambda image, text: matcher.explain(image, text, config=config), count=a.failures
-    )
+
+    def explain(image: ImageInput, text: str) -> Explanation:
+        assert matcher is not None
+        return matcher.explain(image, text, config=config)
+
+    page = failure_page(result, examples, None if matcher is None else explain, count=a.failures)
     for path in paths:
         write_text(path, page)
 
@@ -210,17 +319,19 @@ def _few_shot(a: argparse.Namespace, examples: Sequence[Example]) -> Lesson | No
     return Lesson(tuple(few), replace(config, seed=a.shot_seed), prompt)
 
 
-def _announce(cost: Cost, score: ScoreConfig) -> None:
-    """Says what a long evaluation will cost."""
+def _announce(cost: Cost, score: ScoreConfig | None) -> None:
+    """Says what a long evaluation will cost; a score of ours also in passes."""
     if cost.seconds < LONG:
         return
-    passes = score.passes * cost.pairs + score.empty_passes * cost.images
+    passes = f"{cost.pairs:,} pairs to score"
+    if score is not None:
+        passes = f"about {score.passes * cost.pairs + score.empty_passes * cost.images:,} denoiser passes"
     unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if cost.seconds >= s), ("s", 1))
     time = f"{cost.seconds / size:,.{0 if cost.seconds >= 10 * size else 1}f} {unit}"
     done = f"{cost.done:,} of {cost.done + cost.pairs:,} pairs are done; left are "
     print(
-        f"dsd eval: {done}{cost.images:,} images and {cost.texts:,} texts to encode and about {passes:,} denoiser "
-        f"passes, about {time} judging by {cost.measured} pairs",
+        f"dsd eval: {done}{cost.images:,} images and {cost.texts:,} texts to encode and {passes}, "
+        f"about {time} judging by {cost.measured} pairs",
         file=sys.stderr,
         flush=True,
     )

@@ -216,10 +216,8 @@ def accelerator_of(a: argparse.Namespace) -> Any:
     return accelerator
 
 
-def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
-    from dsd.learn import FitConfig
-    from dsd.prompts import PromptConfig
-
+def given_of(a: argparse.Namespace) -> dict[str, Any]:
+    """Options of learning that were given and have no default here, as :class:`dsd.learn.FitConfig` names them."""
     given = {
         "steps": a.max_steps,
         "learning_rate": a.learning_rate,
@@ -232,13 +230,20 @@ def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
         "validation": a.hold_out,
         "gradient_accumulation_steps": a.gradient_accumulation_steps,
     }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
+    from dsd.learn import FitConfig
+    from dsd.prompts import PromptConfig
+
     mix = None if a.mix is None else () if a.mix == "none" else tuple(a.mix.split(","))
     config = FitConfig(
         method=a.method,
         mix=mix,
         objective=a.objective,
         gradient_checkpointing=a.gradient_checkpointing,
-        **{k: v for k, v in given.items() if v is not None},
+        **given_of(a),
     )
     where: dict[str, Any] = {}
     if a.projections is not None:

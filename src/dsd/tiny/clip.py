@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.resources import files
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -99,6 +99,8 @@ class ClipRecipe:
 # Data
 
 
+Said = TypeVar("Said", Claim, Phrase)
+
 _WORDS: dict[str, tuple[str, ...]] = {
     "colour": tuple(world.COLOURS),
     "shape": world.SHAPES,
@@ -121,32 +123,29 @@ def altered(rng: random.Random, claim: Claim) -> Claim:
         for name in ("colour", "shape", "size", "fill"):
             one, other = getattr(a, name), getattr(b, name)
             if None not in (one, other) and one != other:
-                exchanged = {"subject": _with(a, name, other), "object": _with(b, name, one)}
-                groups["exchange"].append(replace(claim, **exchanged))
+                groups["exchange"].append(replace(claim, subject=_with(a, name, other), object=_with(b, name, one)))
     for name, values in (
         ("relation", world.KNOWN_RELATIONS),
         ("place", world.PLACES),
         ("background", world.BACKGROUNDS),
     ):
         if getattr(claim, name) is not None:
-            groups[name] += [replace(claim, **{name: v}) for v in values if v != getattr(claim, name)]
+            groups[name] += [_with(claim, name, v) for v in values if v != getattr(claim, name)]
     for side, phrase in sides.items():
         for name, values in _WORDS.items():
             if getattr(phrase, name) is not None:
                 others = [_with(phrase, name, v) for v in values if v != getattr(phrase, name)]
                 groups[f"{side} {'kind' if name in ('colour', 'shape') else name}"] += [
-                    replace(claim, **{side: p}) for p in others
+                    _with(claim, side, p) for p in others
                 ]
         if phrase.count > 1:
-            groups["count"] += [
-                replace(claim, **{side: replace(phrase, count=n)}) for n in (2, 3, 4) if n != phrase.count
-            ]
+            groups["count"] += [_with(claim, side, replace(phrase, count=n)) for n in (2, 3, 4) if n != phrase.count]
     known = {k: [c for c in v if _kinds(c).isdisjoint(world.HELD_OUT)] for k, v in groups.items()}
     return rng.choice(rng.choice([v for v in known.values() if v]))
 
 
-def _with(phrase: Phrase, name: str, value: str) -> Phrase:
-    return replace(phrase, **{name: value})  # type: ignore[arg-type]
+def _with(of: Said, name: str, value: Any) -> Said:
+    return replace(of, **{name: value})
 
 
 def _kinds(claim: Claim) -> set[tuple[str | None, str | None]]:
