@@ -1,82 +1,46 @@
 """Checks that need a GPU, in one run of at most 9 minutes: ``python benchmarks/gpu.py --out results.json``.
 
-Full-size configurations with random weights: what a pass, a score and a step of learning cost in time and memory, and
-how far half precision is from float32. ``--small`` runs the same on a tiny network, to try the script on a CPU.
+Full-size configurations with random weights: each is saved as a pipeline and loaded as users load theirs; then what a
+pass, a score and a step of learning cost in time and memory, and how far bfloat16 is from float32 on the same weights.
+What no time is left for is skipped, and said to be. ``--small`` runs the same on small networks of the same layout, to
+try the script on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
 
-from dsd.backbone import Backbone
-from dsd.backbone.stable_diffusion import StableDiffusionBackbone
+from configurations import CONFIGURATIONS, pipeline
+from dsd.backbone import Backbone, load_backbone
 from dsd.contracts import Example
+from dsd.evaluate import write_text
 from dsd.learn import FitConfig
 from dsd.matcher import Matcher
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig, noised_pass
-from dsd.tiny.pretrain import build_tokenizer
 
-TIMESTEPS = (189, 389, 589, 789)
-
-
-def sd21_base(device: torch.device, dtype: torch.dtype, small: bool) -> Backbone:
-    """Stable Diffusion 2.1-base as its configuration files describe it, with random weights."""
-    torch.manual_seed(0)
-    channels = (32, 64, 64, 64) if small else (320, 640, 1280, 1280)
-    heads = (1, 2, 2, 2) if small else (5, 10, 20, 20)
-    width = 64 if small else 1024
-    unet = UNet2DConditionModel(
-        sample_size=16 if small else 64,
-        block_out_channels=channels,
-        attention_head_dim=heads,
-        cross_attention_dim=width,
-        use_linear_projection=True,
-    )
-    text = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_attention_heads=16,
-        num_hidden_layers=2 if small else 23,
-        hidden_act="gelu",
-        projection_dim=512,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(16, 32, 32, 32) if small else (128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        norm_num_groups=8 if small else 32,
-    )
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    tokenizer = build_tokenizer()
-    tokenizer.model_max_length = 77
-    return StableDiffusionBackbone(
-        "sd21-base (random weights)",
-        vae=vae.to(device, dtype),
-        text_encoder=CLIPTextModel(text).to(device, dtype),
-        tokenizer=tokenizer,
-        unet=unet.to(device, dtype),
-        scheduler=schedule,
-    )
+MODELS = ("sd21-base", "sd15", "sdxl", "sd3-medium")
+LIMIT = 500.0
+"""Seconds after which nothing new is begun; what is begun ends within 40."""
+CAPTIONS = ("a red circle above a blue square", "a blue square above a red circle")
 
 
-def clock(run: Callable[[], Any], device: torch.device, repeats: int = 5) -> dict[str, Any]:
+def clock(run: Callable[[], Any], device: torch.device, repeats: int = 3) -> dict[str, Any]:
     """Median seconds of a call, after one to warm up, and its peak memory in GiB (GPU alone)."""
     run()
     if device.type == "cuda":
@@ -101,10 +65,10 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def passes(backbone: Backbone, rows: int, device: torch.device) -> dict[str, Any]:
-    """The bare denoiser pass against the pass with every cross-attention layer probed, side by side."""
-    scorer = Scorer(backbone, ScoreConfig("attention", TIMESTEPS))
+    """The bare denoiser pass against the pass with every layer probed, side by side."""
+    scorer = Scorer(backbone, ScoreConfig("attention", backbone.timesteps))
     latents = scorer.latents(pictures(1)).expand(rows, -1, -1, -1)
-    text = scorer.texts(["a red circle above a blue square"])[0].select([0] * rows)
+    text = scorer.texts([CAPTIONS[0]])[0].select([0] * rows)
     timesteps = torch.full((rows,), 500, device=device)
     noise = scorer.noise[:1].expand(rows, -1, -1, -1)
     with torch.no_grad():
@@ -115,46 +79,108 @@ def passes(backbone: Backbone, rows: int, device: torch.device) -> dict[str, Any
 
 def step(backbone: Backbone, device: torch.device) -> dict[str, Any]:
     """A step of learning prompts of rank 4 on all attention layers, from one example with two candidates."""
-    image = pictures(1)[0]
-    examples = [Example(str(i), (image,), ("a red circle", "a blue square"), ((0, i % 2),)) for i in range(4)]
-    steps = 6
-    config = FitConfig(steps=steps, batch=1, check_every=steps)
-    matcher = Matcher(backbone, ScoreConfig("attention", TIMESTEPS))
+    examples = [Example(str(i), (pictures(1)[0],), CAPTIONS, ((0, i % 2),)) for i in range(4)]
+    steps = 4
+    config = FitConfig(steps=steps, batch=1, check_every=steps, gradient_checkpointing=True)
+    matcher = Matcher(backbone, ScoreConfig("attention", backbone.timesteps))
     prompt = PromptConfig(attention="all")
     made = clock(lambda: matcher.fit(examples[:2], examples[2:], config=config, prompt=prompt), device, repeats=1)
+    matcher.forget()
     return {"seconds": made["seconds"] / steps, "peak_gib": made["peak_gib"]}
+
+
+def check(name: str, device: torch.device, small: bool, late: Callable[[], bool]) -> dict[str, Any]:
+    """All that is measured of one model."""
+    found: dict[str, Any] = {}
+    tables: dict[torch.dtype, dict[str, np.ndarray]] = {}
+
+    def unless_late(what: str, run: Callable[[], Any]) -> Any:
+        if late():
+            found.setdefault("skipped, no time left", []).append(what)
+            return None
+        return run()
+
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        with device:
+            pipeline(name, torch.bfloat16, small=small).save_pretrained(folder)
+        found["making and saving, seconds"] = time.perf_counter() - start
+        for dtype in (torch.bfloat16, torch.float32):
+            free(device)
+            start = time.perf_counter()
+            backbone = unless_late(f"{dtype}", lambda d=dtype: load_backbone(folder, device=device, dtype=d))
+            if backbone is None:
+                break
+            key = str(dtype).removeprefix("torch.")
+            made: dict[str, Any] = {"loading, seconds": time.perf_counter() - start}
+            found[key] = made
+            found["pixels"], found["family"] = backbone.image_size, type(backbone).__name__
+            tables[dtype] = {}
+            for kind in ("attention", "denoising"):
+                score = ScoreConfig(kind, backbone.timesteps)
+                start = time.perf_counter()
+                table = unless_late(
+                    f"{key} {kind}", lambda b=backbone, s=score: Matcher(b, s).score(pictures(2), CAPTIONS)
+                )
+                if table is not None:
+                    tables[dtype][kind] = table.scores
+                    made[f"{kind} of 2 x 2, seconds"] = time.perf_counter() - start
+            rows = (1, 8) if dtype == torch.bfloat16 else (1,)
+            made["passes"] = [
+                p
+                for n in rows
+                if (p := unless_late(f"{key} pass of {n}", lambda b=backbone, n=n: passes(b, n, device)))
+            ]
+            if dtype == torch.bfloat16:
+                made["learning step"] = unless_late("learning step", lambda b=backbone: step(b, device))
+            print(f"{name} {key}", file=sys.stderr, flush=True)
+            del backbone
+    if len(tables) == 2:
+        half, full = tables[torch.bfloat16], tables[torch.float32]
+        found["bfloat16 less float32"] = {
+            k: {
+                "largest difference": float(np.abs(half[k] - full[k]).max()),
+                "largest score": float(np.abs(full[k]).max()),
+                "spread of scores": float(full[k].std()),
+            }
+            for k in half.keys() & full.keys()
+        }
+    return found
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(CONFIGURATIONS))
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds after which nothing new is begun")
     parser.add_argument("--small", action="store_true")
     options = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
     device = torch.device(options.device)
     start = time.perf_counter()
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
-    results: dict[str, Any] = {"device": name, "torch": torch.__version__, "small": options.small}
-    captions = ["a red circle above a blue square", "a blue square above a red circle"]
-    tables = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        backbone = sd21_base(device, dtype, options.small)
-        found: dict[str, Any] = {"passes": [passes(backbone, rows, device) for rows in (1, 8)]}
-        kinds = ("attention", "denoising")
-        tables[dtype] = {
-            k: Matcher(backbone, ScoreConfig(k, TIMESTEPS)).score(pictures(2), captions).scores for k in kinds
-        }
-        found["learning step"] = step(backbone, device)
-        results[str(dtype).removeprefix("torch.")] = found
-        print(f"{dtype}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-        del backbone
-    results["largest difference of bfloat16 from float32, as a share of the spread"] = {
-        k: float(np.abs(tables[torch.bfloat16][k] - v).max() / max(v.std(), 1e-9))
-        for k, v in tables[torch.float32].items()
-    }
-    results["seconds"] = time.perf_counter() - start
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
+    versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    results: dict[str, Any] = {"device": name, "versions": versions, "small": options.small, "models": {}}
+    for model in options.models:
+        try:
+            results["models"][model] = check(
+                model, device, options.small, lambda: time.perf_counter() - start > options.limit
+            )
+        except Exception as error:  # of one model, so that the others are still measured; it is written down
+            results["models"][model] = {"error": f"{type(error).__name__}: {error}"}
+        free(device)
+        results["seconds"] = time.perf_counter() - start
+        write_text(options.out, json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
+    if any("error" in found for found in results["models"].values()):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -700,3 +700,41 @@ def test_fingerprint_is_of_the_model_not_of_its_precision_or_prompts(pipe: Pipe)
     assert fingerprint(backbone) == bare
     for spec in ({"seed": 1}, {"layers": 2}):
         assert not same_base(bare, fingerprint(load_backbone(pipe(**spec))))
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
+        ("scheduler/scheduler_config.json", {"beta_end": 0.02}),
+        ("unet/config.json", {"flip_sin_to_cos": False}),
+        ("vae/config.json", {"scaling_factor": 0.5}),
+    ],
+)
+def test_adapter_is_refused_on_a_base_that_computes_otherwise(
+    pipe: Pipe, tmp_path: Path, file: str, values: dict[str, object]
+) -> None:
+    """The weights are the same; what is made of them is not."""
+    folder = Path(shutil.copytree(pipe(), tmp_path / "model"))
+    config = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**config, **values}))
+    made, other = fingerprint(load_backbone(pipe())), load_backbone(str(folder))
+    assert not same_base(made, fingerprint(other))
+    adapter = Adapter(json.loads(json.dumps(made)), SCORE, None, {}, 16, {}, 2.0)
+    with pytest.raises(AdapterError, match=f"with another {'abar' if 'beta_end' in values else ''}") as error:
+        adapter.attach(other)
+    assert "expected" in str(error.value)
+    adapter.attach(load_backbone(pipe()))
+
+
+def test_fingerprints_of_earlier_versions_are_still_those_of_their_base(pipe: Pipe, tmp_path: Path) -> None:
+    """Those before knew no computation, and configurations grow with the versions of diffusers."""
+    backbone = load_backbone(pipe())
+    new = fingerprint(backbone)
+    old = {k: v for k, v in new.items() if k != "computation"}
+    grown = {**new, "computation": {**new["computation"], "brand_new_option": True}}
+    for base in (old, grown):
+        assert same_base(base, new)
+        assert same_base(new, base)
+        loaded = Adapter.load(Adapter(base, SCORE, None, {}, 16, {}, 2.0).save(tmp_path / "adapter"))
+        loaded.attach(backbone)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dsd.backbone import Backbone, TextStates, cards, default_timesteps, load_backbone
-from dsd.backbone.loading import resolve
+from dsd.backbone.hub import resolve
 from dsd.contracts import DsdError, ImageError, ModelError, TextError
 from models import PIXELS, SCALE, picture
 
@@ -297,9 +297,8 @@ def test_aliases_are_resolved() -> None:
     assert "tiny" in cards()
     assert isinstance(resolve("tiny"), Path)
     for name, card in cards().items():
-        assert card["licence"]
         if name != "tiny":
-            assert resolve(name) == card["hub"]
+            assert resolve(name) == card.hub
             assert str(resolve(name)).count("/") == 1
     assert all(0 <= t < 1000 for name in (*cards(), "unknown") for t in default_timesteps(name))
 

@@ -415,7 +415,7 @@ def test_arguments_that_make_no_command(dsd: Command, argv: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["score", "rank", "fit", "curve", "eval", "compare", "export", "world", "explain", "demo"]
+    "command", ["score", "rank", "fit", "curve", "eval", "compare", "export", "models", "world", "explain", "demo"]
 )
 def test_every_command_has_help(dsd: Command, command: str) -> None:
     status, out, err = dsd(command, "--help")

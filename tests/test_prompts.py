@@ -139,6 +139,13 @@ def test_only_prompts_learn(backbone: Backbone) -> None:
         assert parameter.requires_grad == (id(parameter) in own)
 
 
+def test_soft_tokens_learn_beside_prompts(backbone: Backbone) -> None:
+    prompts.attach(backbone.denoiser, PromptConfig(rank=2, tokens=3))
+    own = prompts.parameters(backbone.denoiser)
+    assert own[prompts.TOKENS].shape == (3, 32)
+    assert all(p.requires_grad for p in own.values())
+
+
 def test_initial_prompts_are_decided_by_the_seed(backbone: Backbone) -> None:
     def initial(seed: int) -> dict[str, Tensor]:
         prompts.attach(backbone.denoiser, PromptConfig(rank=2), seed)

@@ -196,7 +196,7 @@ class _Gradient:
         self.prompt = resolve(prompt, config)
         self.features: Features | None = None
         if config.pieces & {"heads", "weights"}:
-            self.features = Features(scorer.backbone, self.zero.layers)
+            self.features = Features(scorer.backbone, self.zero.layers, self.zero.direction)
             self.features.weights_of(self._terms())  # refuses scores that heads have no share in
         self.base = fingerprint(scorer.backbone)
         self.start = self.zero
@@ -385,7 +385,7 @@ def _fit_weights(
     """
     zero, denoiser = scorer.score.config, scorer.backbone.denoiser
     start = replace(zero, kind="denoising", layers=None, weights=None) if taught is None else zero
-    features = Features(scorer.backbone, zero.layers)
+    features = Features(scorer.backbone, zero.layers, zero.direction)
     examples = [e for part in parts for e in part.examples]
     groups = folds(examples, config.folds, config.seed)
     negatives = Negatives(examples, config.negatives, config.image_negatives, config.swaps)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dsd import prompts
 from dsd.backbone import Backbone, cards
-from dsd.backbone.loading import resolve
+from dsd.backbone.hub import resolve
 from dsd.contracts import AdapterError, ModelError, OptionError
 from dsd.exchange import LORA_FILE, read_authors, read_lora, write_lora
 from dsd.prompts import PromptConfig
@@ -171,14 +171,23 @@ class Adapter:
         Raises:
             AdapterError: If it was made for another base model.
         """
-        if self.base is not None and not same_base(self.base, fingerprint(backbone)):
+        if self.base is not None:
+            own = fingerprint(backbone)
+            if not same_base(self.base, own):
+                other = _difference(self.base, own)
+                raise AdapterError(
+                    f"got an adapter for {self.base['name']} ({self.base['parameters']:,} parameters{other}), expected "
+                    f"one for {backbone.name}; load it with --model {self.base['name']}"
+                )
+        if self.prompts is not None and backbone.offload == "sequential":
             raise AdapterError(
-                f"got an adapter for {self.base['name']} ({self.base['parameters']:,} parameters), expected one for "
-                f"{backbone.name}; load it with --model {self.base['name']}"
+                "got an adapter with prompts for a model that is offloaded layer by layer, expected offload 'model' "
+                "or none; prompts are no layers of the model's own"
             )
-        if self.features is not None and self.features != Features(backbone, self.score.layers).names:
+        names = None if self.features is None else Features(backbone, self.score.layers, self.score.direction).names
+        if self.features != names:
             raise AdapterError(
-                f"got weights of {len(self.features)} features that {backbone.name} does not have in this order, "
+                f"got weights of {len(self.features or ())} features that {backbone.name} does not have in this order, "
                 "expected those of its attention heads; load the adapter onto the base model that it was made for"
             )
         if self.prompts is not None:
@@ -216,19 +225,43 @@ def check_out(folder: str | os.PathLike[str]) -> Path:
 
 
 def fingerprint(backbone: Backbone) -> dict[str, Any]:
-    """What tells one base model from another, whatever precision it is loaded in: a size and some weights."""
+    """What tells one base model from another, whatever precision it is loaded in.
+
+    Its size, some weights, and what it computes with them: configuration, schedule, what is predicted.
+    """
     added = (".lora_", prompts.TOKENS)
     named = backbone.denoiser.named_parameters()
     weights = [(n, p) for n, p in named if p.ndim > 1 and not any(part in n for part in added)]
     chosen = weights[:: max(1, len(weights) // 32)]
     sample = [round(float(p.detach().flatten()[p.numel() // 2]), 5) for _, p in chosen]
-    return {"name": backbone.name, "parameters": sum(p.numel() for _, p in weights), "sample": sample}
+    return {
+        "name": backbone.name,
+        "parameters": sum(p.numel() for _, p in weights),
+        "sample": sample,
+        "computation": _plain(backbone.computation()),
+    }
 
 
 def same_base(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    """Whether two fingerprints are of one model, up to rounding to half precision."""
+    """Whether two fingerprints are of one model, up to rounding to half precision.
+
+    Values that only one of them has do not count: adapters of earlier versions know nothing of the computation, and
+    later versions of diffusers add to configurations what changes nothing by default.
+    """
     same_size = a["parameters"] == b["parameters"] and len(a["sample"]) == len(b["sample"])
-    return same_size and np.allclose(a["sample"], b["sample"], rtol=1e-2, atol=1e-3)
+    return same_size and np.allclose(a["sample"], b["sample"], rtol=1e-2, atol=1e-3) and not _difference(a, b)
+
+
+def _difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
+    """In what two computations differ, in words, or nothing."""
+    first, second = (_plain(x.get("computation", {})) for x in (a, b))
+    found = [n for n in first if n in second and first[n] != second[n]]
+    return f", with another {found[0]}" if found else ""
+
+
+def _plain(values: Any) -> Any:
+    """As they come back from JSON."""
+    return json.loads(json.dumps(values, default=str))
 
 
 def _card(adapter: Adapter, name: str) -> str:
@@ -241,7 +274,7 @@ def _card(adapter: Adapter, name: str) -> str:
     head = ModelCardData(
         base_model=_hub_name(base),
         library_name="dsd",
-        license=cards().get(base, {}).get("licence"),
+        license=cards()[base].licence if base in cards() else None,
         tags=["image-text-matching", "few-shot", "diffusion", *(("lora",) if low_rank else ())],
     )
     lines = [

@@ -143,7 +143,7 @@ class Result:
         }
         buffer = pyarrow.BufferOutputStream()
         parquet.write_table(pyarrow.table(columns, metadata={"dataset": self.dataset}), buffer)
-        _write(path, buffer.getvalue().to_pybytes())
+        write_bytes(path, buffer.getvalue().to_pybytes())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Result:
@@ -507,15 +507,16 @@ def _margins(result: Result) -> np.ndarray:
 
 
 def write_text(path: str | PathLike[str], text: str) -> None:
+    """Writes a file in UTF-8; see :func:`write_bytes`."""
+    write_bytes(path, text.encode("utf-8", "replace"))
+
+
+def write_bytes(path: str | PathLike[str], data: bytes) -> None:
     """Writes a file whole or not at all, making folders as needed.
 
     Raises:
         OptionError: The path cannot be written.
     """
-    _write(path, text.encode("utf-8", "replace"))
-
-
-def _write(path: str | PathLike[str], data: bytes) -> None:
     target = Path(path)
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

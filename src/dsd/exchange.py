@@ -27,14 +27,21 @@ from dsd.prompts import PromptConfig, lora_options
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """What ``load_lora_weights`` looks for in a folder."""
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
+_TRANSFORMER = ("transformer_blocks.", "single_transformer_blocks.")
 
 
 def write_lora(folder: str | os.PathLike[str], config: PromptConfig, state: Mapping[str, Tensor]) -> Path:
     """Writes prompts as a LoRA that ``StableDiffusionPipeline.load_lora_weights(folder)`` reads.
 
     Raises:
-        AdapterError: If something else is in the folder, or nothing can be written there.
+        AdapterError: If the prompts are not of a U-Net, something else is in the folder, or it cannot be written to.
     """
+    strange = next((name for name in state if name.startswith(_TRANSFORMER)), None)
+    if strange is not None:
+        raise AdapterError(
+            f"got prompts on {strange.removesuffix(_DOWN).removesuffix(_UP)}, expected those of a U-Net, which "
+            "alone can be exported; save_pretrained keeps those of any model"
+        )
     out = Path(folder)
     part = f".{LORA_FILE}.part"
     ranks = {name.removesuffix(_DOWN): len(value) for name, value in state.items() if name.endswith(_DOWN)}

@@ -54,7 +54,7 @@ def word_maps(scorer: Scorer, image: ImageInput, text: str) -> WordMaps:
     for timestep, noise in zip(timesteps, scorer.noise, strict=True):
         t = timestep[None]
         noised = backbone.add_noise(latent[None], noise[None], t)
-        with Probe(backbone.denoiser, layers, states.own, maps=True) as probe:
+        with Probe(backbone.denoiser, layers, states.own, states.mask, direction=config.direction, maps=True) as probe:
             backbone.predict_noise(noised, t, states)
         for record in probe.records.values():
             assert record.maps is not None

@@ -484,7 +484,9 @@ class Learner:
                 place = {key: k for k, key in enumerate(first)}
                 rows = list(first.values())
                 text = blank.select([0] * len(rows))
-                empty = noised_pass(backbone, latents[rows], noise[rows], timesteps[rows], text, score.empty_layers)
+                empty = noised_pass(
+                    backbone, latents[rows], noise[rows], timesteps[rows], text, score.empty_layers, score.direction
+                )
                 empty = empty.rows([place[key] for key in shown])
             # a pass takes captions of one length only, so that nothing is padded for another's sake
             lengths: dict[int, list[int]] = {}
@@ -492,7 +494,9 @@ class Learner:
                 lengths.setdefault(state.states.shape[1], []).append(row)
             for rows in lengths.values():
                 text = TextStates.join([states[r] for r in rows])
-                made = noised_pass(backbone, latents[rows], noise[rows], timesteps[rows], text, score.layers)
+                made = noised_pass(
+                    backbone, latents[rows], noise[rows], timesteps[rows], text, score.layers, score.direction
+                )
                 found.append(score(made, None if empty is None else empty.rows(rows), steps[rows]))
                 order += rows
         back = torch.tensor(order, device=backbone.device).argsort()

@@ -22,7 +22,7 @@ import torch
 from dsd import prompts
 from dsd.adapt import fit
 from dsd.adapters import Adapter
-from dsd.backbone import Backbone, default_timesteps, load_backbone
+from dsd.backbone import Backbone, cards, load_backbone
 from dsd.contracts import (
     AdapterError,
     Example,
@@ -75,7 +75,7 @@ class Matcher:
             adapter.attach(backbone)
             score = score or adapter.score
             size = adapter.size if size is None else size
-        score = score or ScoreConfig(timesteps=default_timesteps(backbone.name))
+        score = score or _default_score(backbone)
         # weights belong to a lesson, and are learned from the denoising score on
         self._first_score = replace(score, kind="denoising", layers=None) if score.kind == WEIGHTED else score
         self._noise = None if noise is None else hashlib.blake2b(np.asarray(noise).tobytes(), digest_size=16)
@@ -83,10 +83,15 @@ class Matcher:
             weights = None
             if adapter is not None and score.kind == WEIGHTED:
                 weights = adapter.weights
-                if (score.timesteps, score.layers) != (adapter.score.timesteps, adapter.score.layers):
+                learned = adapter.score
+                if (score.timesteps, score.layers, score.direction) != (
+                    learned.timesteps,
+                    learned.layers,
+                    learned.direction,
+                ):
                     raise OptionError(
-                        f"got timesteps {score.timesteps} and layers {score.layers} with weights that were learned at "
-                        "others, expected those of the adapter; leave them out"
+                        f"got timesteps {score.timesteps}, layers {score.layers} and direction {score.direction} with "
+                        "weights that were learned at others, expected those of the adapter; leave them out"
                     )
             self._scorer = Scorer(backbone, score, size=size, batch_size=batch_size, noise=noise, weights=weights)
         except BaseException:
@@ -109,12 +114,13 @@ class Matcher:
         noise: np.ndarray | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        **loading: Any,
     ) -> Self:
         """Loads a model, and an adapter if one is named.
 
         Args:
-            model: An alias such as ``tiny`` or ``sd21-base``, a hub name, or a folder. Default: the adapter's base,
-                else ``tiny``.
+            model: An alias such as ``tiny`` or ``sd21-base``, a hub name, a folder, or a single-file checkpoint.
+                Default: the adapter's base, else ``tiny``.
             adapter: A folder saved by :meth:`save_pretrained`, one in the authors' format, or a LoRA (folder or
                 safetensors file).
             score: A name of :data:`dsd.scores.SCORES` or a whole configuration. Default: the adapter's, else
@@ -123,6 +129,9 @@ class Matcher:
             size, batch_size, noise: See the class.
             device: Default: the first GPU if there is one, else the CPU.
             dtype: Of the weights; scores are reduced in float32 whatever it is.
+            **loading: Further fields of :class:`dsd.backbone.LoadConfig`, named as in diffusers: ``device_map``,
+                ``offload``, ``quantize_text_encoder``, ``variant``, ``revision``, ``token``, ``cache_dir``, ``config``,
+                ``allow_pickle``.
 
         Raises:
             ModelError, AdapterError, OptionError: If something cannot be loaded, or does not fit together.
@@ -130,7 +139,7 @@ class Matcher:
         loaded = None if adapter is None else Adapter.load(adapter)
         if model is None:
             model = "tiny" if loaded is None or loaded.base is None else str(loaded.base["name"])
-        backbone = load_backbone(model, device=device, dtype=dtype)
+        backbone = load_backbone(model, device=device, dtype=dtype, **loading)
         if isinstance(score, ScoreConfig):
             config = score
         elif loaded is not None and score in (None, loaded.score.kind):
@@ -138,7 +147,7 @@ class Matcher:
         elif loaded is not None:
             config = replace(loaded.score, kind=str(score), weights=None, layers=None)
         else:
-            config = ScoreConfig(kind=score or "denoising", timesteps=default_timesteps(model))
+            config = _default_score(backbone, score or "denoising")
         if timesteps is not None:
             config = replace(config, timesteps=tuple(timesteps))
         if layers is not None:
@@ -248,7 +257,16 @@ class Matcher:
         accelerator: Accelerator | None = None,
         progress: bool = False,
     ) -> Self:
-        """Teaches the matcher from labelled examples; see :func:`dsd.adapt.fit`. An earlier lesson is forgotten."""
+        """Teaches the matcher from labelled examples; see :func:`dsd.adapt.fit`. An earlier lesson is forgotten.
+
+        Raises:
+            OptionError: If the model is offloaded layer by layer.
+        """
+        if self.backbone.offload == "sequential":
+            raise OptionError(
+                "got a model that is offloaded layer by layer to learn with, expected offload 'model' or none; a "
+                "layer's weights are gone when gradients need them"
+            )
         self.forget()
         self.adapter = fit(
             self._scorer,
@@ -321,6 +339,13 @@ class Matcher:
     def explain(self, image: ImageInput, text: str) -> WordMaps:
         """Where in the image each word of a caption is seen; see :func:`dsd.explain.word_maps`."""
         return word_maps(self._scorer, image, text)
+
+
+def _default_score(backbone: Backbone, kind: str = "denoising") -> ScoreConfig:
+    """A score at the model's own timesteps and, if its card says so, layers."""
+    card = cards().get(backbone.name)
+    layers = card.layers if card is not None and kind in ("attention", "attention-mass") else None
+    return ScoreConfig(kind, backbone.timesteps, layers=layers)
 
 
 def _is_file(text: str) -> bool:

@@ -270,6 +270,28 @@ def paired_difference(
     return _difference(float(differences.mean()), _resampled_means(differences, seed, resamples))
 
 
+def average_difference(
+    pairs: Sequence[tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray]],
+    seed: int = 0,
+    resamples: int = 2000,
+) -> dict[str, float]:
+    """:func:`paired_difference`, averaged over several sets of examples that count the same, whatever their sizes.
+
+    Raises:
+        ValueError: As there, or there are no sets.
+    """
+    if not pairs:
+        raise ValueError("got no sets of outcomes, expected at least one")
+    differences = []
+    for a, b in pairs:
+        first, second = _finite(a), _finite(b)
+        if first.shape != second.shape:
+            raise ValueError(f"got {len(first)} and {len(second)} outcomes, expected the same examples in both")
+        differences.append(first - second)
+    draws = np.mean([_resampled_means(d, seed + k, resamples) for k, d in enumerate(differences)], 0)
+    return _difference(float(np.mean([d.mean() for d in differences])), draws)
+
+
 def paired_separation(
     a: Sequence[np.ndarray],
     b: Sequence[np.ndarray],

@@ -1,35 +1,52 @@
 """Records the attention inside a denoiser; the only file that knows the attention internals of diffusers.
 
-A :class:`Probe` listens to the query and key projections of named cross-attention layers during a pass and keeps
-two numbers a head: the log-sum-exp of the logits over the caption's own tokens, and over all tokens, each averaged
-over the image's positions. The layers' own computation, fused or not, is left alone.
+A :class:`Probe` listens to the queries and keys of named layers during a pass and keeps two numbers a head, pooled from
+the logits. The layers' own computation, fused or not, is left alone.
+
+Layers in which the image attends to the text are of three makes: cross-attention (U-Nets, PixArt), joint attention over
+image and text with projections for each (SD 3, FLUX), and joint attention over both as one sequence (FLUX).
 """
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttention
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dsd.contracts import ModelError, OptionError
+
+Direction = Literal["image", "text"]
+"""Who asks: image positions what text they attend to, or the caption's tokens where in the image they are."""
+Roles = Mapping[str, tuple[str, ...]]
+"""What a projection is for (to_q, to_k, to_v, to_out.0) and the names of the modules that do it in one layer."""
 
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """What one cross-attention layer did in one pass. All float32 and differentiable.
+    """What one layer did in one pass, from the logits before the softmax. All float32 and differentiable.
+
+    With direction ``image`` the logits are those of image queries and text keys, in joint attention the block of them;
+    with ``text``, which joint attention alone has, those of text queries and image keys.
 
     Attributes:
-        own: (n, heads) mean over positions of the log-sum-exp over the caption's own tokens.
-        all: (n, heads) the same over all tokens, start, end and padding included.
-        maps: (n, positions, tokens) attention probabilities averaged over heads; None unless asked for.
+        own: (n, heads). ``image``: the mean over image positions of the log-sum-exp over the caption's own tokens.
+            ``text``: the mean over the caption's own tokens of the log-sum-exp over image positions.
+        all: (n, heads). ``image``: the same as ``own`` over all text tokens that are attended to, start, end and what
+            padding is not masked included; the image's own keys are not among them, since their logits are the whole of
+            self-attention. ``text``: the same as ``own`` over all keys, image and text.
+        maps: (n, positions, tokens) attention probabilities averaged over heads, which sum to one over the text tokens
+            (``image``) or over the image positions (``text``); None unless asked for.
     """
 
     own: Float[Tensor, "n heads"]
@@ -37,20 +54,78 @@ class LayerRecord:
     maps: Float[Tensor, "n positions tokens"] | None
 
 
-def cross_attention_layers(denoiser: nn.Module) -> dict[str, Attention]:
+def _make(module: nn.Module) -> Literal["cross", "joint", "single", "self"] | None:
+    """How a module attends; None if it does not."""
+    if isinstance(module, FluxAttention):
+        return "single" if module.added_kv_proj_dim is None else "joint"
+    if isinstance(module, Attention):
+        # without queries of their own, added keys are not of a joint sequence
+        joint = getattr(module, "add_q_proj", None) is not None
+        return "cross" if module.is_cross_attention else "joint" if joint else "self"
+    return None
+
+
+def cross_attention_layers(denoiser: nn.Module) -> dict[str, Any]:
     """The layers in which the image attends to the text, by name, in the order of the network.
 
     Raises:
         ModelError: If there are none.
     """
-    found = {n: m for n, m in denoiser.named_modules() if isinstance(m, Attention) and m.is_cross_attention}
+    found = {n: m for n, m in denoiser.named_modules() if _make(m) in ("cross", "joint", "single")}
     if not found:
         raise ModelError(
-            f"got a {type(denoiser).__name__} without cross-attention to text, expected a text-to-image denoiser; "
-            "the denoising score needs none, so use --score denoising"
+            f"got a {type(denoiser).__name__} without cross-attention to text (it attends to the image alone, and is "
+            "told what to draw in another way, so no attention can say how well a caption fits), expected a "
+            "text-to-image denoiser; the denoising score needs none, so use --score denoising"
         )
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
     return dict(sorted(found.items(), key=lambda item: order.get(item[0].split(".")[0], 0)))
+
+
+def projections(denoiser: nn.Module) -> dict[str, tuple[bool, Roles]]:
+    """Every attention layer by name: whether the image attends to the text in it, and its projections.
+
+    Projections for text in joint attention have the role of those for the image. One that was fused has several roles.
+    """
+    found: dict[str, tuple[bool, Roles]] = {}
+    for name, layer in denoiser.named_modules():
+        make = _make(layer)
+        if make is None:
+            continue
+        fused = bool(layer.fused_projections)
+        image: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+        text: tuple[str, ...] = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+        if fused:
+            image = ("to_q", "to_kv", "to_kv", "to_out.0") if make == "cross" else (*["to_qkv"] * 3, "to_out.0")
+            text = (*["to_added_qkv"] * 3, "to_add_out")
+        roles = {}
+        for role, *modules in zip(("to_q", "to_k", "to_v", "to_out.0"), image, text, strict=True):
+            there = tuple(f"{name}.{m}" for m in modules if _part(layer, m) is not None)
+            if there:
+                roles[role] = there
+        found[name] = make != "self", roles
+    return found
+
+
+def text_width(denoiser: nn.Module) -> int:
+    """The width of the text states that a denoiser takes.
+
+    Raises:
+        ModelError: If it attends to no text.
+    """
+    first = next(iter(cross_attention_layers(denoiser).values()))
+    for name in ("context_embedder", "caption_projection.linear_1"):  # what states go through before the layers
+        module = _part(denoiser, name)
+        if module is not None:
+            return int(module.in_features)
+    return int(first.to_k.in_features)
+
+
+def _part(module: Any, name: str) -> Any:
+    """A module within a module, or None."""
+    for step in name.split("."):
+        module = module[int(step)] if step.isdecimal() and module is not None else getattr(module, step, None)
+    return module
 
 
 def select_layers(denoiser: nn.Module, patterns: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -102,38 +177,75 @@ def paper_layers(denoiser: nn.Module) -> tuple[str, ...]:
     )
 
 
-class Probe:
-    """Records cross-attention during the passes made inside it.
+def check_direction(denoiser: nn.Module, layers: Sequence[str], direction: Direction) -> None:
+    """Refuses layers that have no logits in a direction.
 
-        with Probe(backbone.denoiser, layers, text.own) as probe:
+    Raises:
+        OptionError: If there are such.
+    """
+    if direction not in get_args(Direction):
+        raise OptionError(f"got direction {direction!r}, expected one of {', '.join(get_args(Direction))}")
+    known = cross_attention_layers(denoiser)
+    without = [name for name in layers if _make(known[name]) == "cross"]
+    if direction == "text" and without:
+        raise OptionError(
+            f"got direction 'text' with layer {without[0]}, expected joint attention, as in SD 3 and FLUX: in "
+            "cross-attention the text asks nothing; use direction 'image'"
+        )
+
+
+class Probe:
+    """Records attention to the text during the passes made inside it.
+
+        with Probe(backbone.denoiser, layers, text.own, text.mask) as probe:
             noise = backbone.predict_noise(noised, timesteps, text)
         probe.records["mid_block.attentions.0.transformer_blocks.0.attn2"].own
 
     Each pass replaces the records of the one before. On every exit, also by an exception, the model is as it was.
     Gradients of records reach into regions under gradient checkpointing as well.
 
+    Logits are made for :attr:`SLICE` numbers at a time, so that of a large image-query x text-key block no more than
+    that is ever there; where gradients are wanted, slices are made again in the backward pass.
+
     Args:
         denoiser: The network to listen to.
         layers: Names of :func:`cross_attention_layers`.
         own: (n, tokens), the caption's own tokens of each row of the batch.
+        mask: (n, tokens), the tokens that the denoiser attends to; None: all.
+        direction: Whose queries are looked at.
         maps: Keep attention maps too (positions x tokens a row and layer).
 
     Raises:
-        ModelError: If the denoiser has no cross-attention.
-        OptionError: If a layer's name is unknown.
+        ModelError: If the denoiser does not attend to text.
+        OptionError: If a layer's name is unknown, or it has no logits in this direction.
+
+    A pass raises ModelError if a layer computes its attention in a way that cannot be followed.
     """
 
+    SLICE = 2**24
+    """Logits at once; 64 MiB, and twice that while they are pooled."""
+
     def __init__(
-        self, denoiser: nn.Module, layers: Sequence[str], own: Bool[Tensor, "n tokens"], *, maps: bool = False
+        self,
+        denoiser: nn.Module,
+        layers: Sequence[str],
+        own: Bool[Tensor, "n tokens"],
+        mask: Bool[Tensor, "n tokens"] | None = None,
+        *,
+        direction: Direction = "image",
+        maps: bool = False,
     ) -> None:
         known = cross_attention_layers(denoiser)
         unknown = [name for name in layers if name not in known]
         if unknown:
             raise OptionError(f"got layers {unknown}, expected some of {list(known)}")
+        check_direction(denoiser, layers, direction)
         self._layers = {name: known[name] for name in layers}
         self._own = own
+        self._mask = mask
+        self._direction = direction
         self._maps = maps
-        self._heard: dict[str, tuple[Tensor, Tensor]] = {}
+        self._heard: dict[str, dict[str, Any]] = {}
         self._records: dict[str, LayerRecord] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -163,8 +275,8 @@ class Probe:
         while self._handles:
             self._handles.pop().remove()
 
-    def _listen(self, name: str, layer: Attention) -> None:
-        heard: dict[str, Tensor] = {}
+    def _listen(self, name: str, layer: Any) -> None:
+        heard: dict[str, Any] = {}
 
         def keep(what: str) -> Any:
             def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -172,29 +284,136 @@ class Probe:
 
             return hook
 
+        def begin(_module: nn.Module, _inputs: Any, named: Mapping[str, Any]) -> None:
+            heard["rotary"] = named.get("image_rotary_emb")
+
         def finish(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-            self._heard[name] = heard.pop("query"), heard.pop("key")
+            self._heard[name] = dict(heard)
+            heard.clear()
             # With gradients, hooks must compute nothing: under gradient checkpointing the layer runs again in the
             # backward pass, without them, and has to save the same tensors. Without, queries are freed layer by layer.
             if not torch.is_grad_enabled():
                 self._settle(name)
 
-        for module, hook in ((layer.to_q, keep("query")), (layer.to_k, keep("key")), (layer, finish)):
-            self._handles.append(module.register_forward_hook(hook))
+        self._handles.append(layer.register_forward_pre_hook(begin, with_kwargs=True))
+        for what in self._wanted(layer):
+            module, _ = _source(layer, what)
+            self._handles.append(module.register_forward_hook(keep(what)))
+        self._handles.append(layer.register_forward_hook(finish))
+
+    def _wanted(self, layer: nn.Module) -> tuple[str, ...]:
+        """Which queries and keys of the image and of the text are listened to."""
+        make = _make(layer)
+        if make == "single":
+            return ("query", "key")
+        if self._direction == "image":
+            return ("query", "text key")
+        return ("text query", "key", "text key")
 
     def _settle(self, name: str) -> None:
         """Turns what was heard of a layer into its record."""
-        self._records[name] = self._record(self._layers[name], *self._heard.pop(name))
-
-    def _record(self, layer: Attention, query: Tensor, key: Tensor) -> LayerRecord:
-        # mixed precision would make the products of halves again
-        with torch.autocast(query.device.type, enabled=False):
-            # (n, length, heads * d) => (n, heads, length, d)
-            query, key = (x.float().unflatten(-1, (layer.heads, -1)).transpose(1, 2) for x in (query, key))
-            logits = query @ key.transpose(-1, -2) * layer.scale
-            own = self._own[:, None, None, :]
-            return LayerRecord(
-                own=logits.masked_fill(~own, float("-inf")).logsumexp(-1).mean(-1),
-                all=logits.logsumexp(-1).mean(-1),
-                maps=logits.softmax(-1).mean(1) if self._maps else None,
+        layer, heard = self._layers[name], self._heard.pop(name)
+        if any(what not in heard for what in self._wanted(layer)):
+            raise ModelError(
+                f"{name}: got attention by {type(layer.processor).__name__}, which does not use the layer's own "
+                "projections and norms, expected the stock processor; take custom processors and fusing away"
             )
+        # mixed precision would make the products of halves again
+        with torch.autocast(self._own.device.type, enabled=False):
+            parts = {what: _by_head(layer, _source(layer, what)[1], heard[what]) for what in self._wanted(layer)}
+            tokens = self._own.shape[1]
+            if _make(layer) == "single":  # one sequence, the text first
+                parts = {
+                    "text query": parts["query"][:, :, :tokens],
+                    "query": parts["query"][:, :, tokens:],
+                    "text key": parts["key"][:, :, :tokens],
+                    "key": parts["key"][:, :, tokens:],
+                }
+            if heard["rotary"] is not None:
+                cosines, sines = heard["rotary"]
+                for what, part in parts.items():
+                    rows = slice(tokens) if what.startswith("text") else slice(tokens, None)
+                    parts[what] = apply_rotary_emb(part, (cosines[rows], sines[rows]))
+            scale = layer.scale if isinstance(layer, Attention) else layer.head_dim**-0.5
+            record = self._of_image if self._direction == "image" else self._of_text
+            self._records[name] = record(
+                {w: part * scale if w.endswith("query") else part for w, part in parts.items()}
+            )
+
+    def _of_image(self, parts: Mapping[str, Tensor]) -> LayerRecord:
+        query, key = parts["query"], parts["text key"]
+        others = ~self._own[:, None, None]
+
+        def pool(key: Tensor, query: Tensor) -> Tensor:
+            logits = self._seen(query @ key.transpose(-1, -2))
+            own = logits.masked_fill(others, float("-inf"))
+            return torch.stack([own.logsumexp(-1).sum(-1), logits.logsumexp(-1).sum(-1)])
+
+        own, seen = self._in_slices(pool, key, query) / query.shape[2]
+        maps = None
+        if self._maps:
+            maps = self._seen(query @ key.transpose(-1, -2)).softmax(-1).mean(1)
+        return LayerRecord(own, seen, maps)
+
+    def _of_text(self, parts: Mapping[str, Tensor]) -> LayerRecord:
+        query, positions = parts["text query"], parts["key"].shape[2]
+        keys = torch.cat([parts["key"], parts["text key"]], 2)
+        # the share of each token in the mean over the caption's own; an empty caption has none
+        share = (self._own / self._own.sum(1, keepdim=True).clamp(min=1))[:, None]
+
+        def pool(keys: Tensor, query: Tensor, share: Tensor) -> Tensor:
+            logits = self._seen(query @ keys.transpose(-1, -2))
+            image, seen = logits[..., :positions].logsumexp(-1), logits.logsumexp(-1)
+            return torch.stack([(image * share).sum(-1), (seen * share).sum(-1)])
+
+        own, seen = self._in_slices(pool, keys, query, share)
+        maps = None
+        if self._maps:
+            maps = (query @ parts["key"].transpose(-1, -2)).softmax(-1).mean(1).transpose(1, 2)
+        return LayerRecord(own, seen, maps)
+
+    def _seen(self, logits: Float[Tensor, "n heads queries keys"]) -> Float[Tensor, "n heads queries keys"]:
+        """Logits without those of text keys, the last ones, that are not attended to."""
+        if self._mask is None:
+            return logits
+        away = torch.nn.functional.pad(~self._mask, (logits.shape[-1] - self._mask.shape[1], 0))
+        return logits.masked_fill(away[:, None, None], float("-inf"))
+
+    def _in_slices(self, pool: Callable[..., Tensor], key: Tensor, query: Tensor, *along: Tensor) -> Tensor:
+        """The sum of ``pool(key, query, *along)`` over slices of the queries, and of what goes along with them."""
+        n, heads, length = query.shape[:3]
+        size = max(1, self.SLICE // max(1, n * heads * key.shape[2]))
+        if length <= size:
+            return pool(key, query, *along)
+        total = query.new_zeros(2, n, heads)
+        for part in zip(*(x.split(size, 2) for x in (query, *along)), strict=True):
+            if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+                total = total + checkpoint(pool, key, *part, use_reentrant=False)
+            else:
+                total = total + pool(key, *part)
+        return total
+
+
+def _source(layer: Any, what: str) -> tuple[nn.Module, int]:
+    """The module whose output becomes these queries or keys, and which of the fused parts of that output they are."""
+    text, letter = what.startswith("text"), what.removeprefix("text ")[0]
+    make = _make(layer)
+    if make == "cross":  # its keys are the text's, and go by the layer's own names
+        text = False
+    norm = getattr(layer, f"norm_added_{letter}" if text else f"norm_{letter}", None)
+    if norm is not None:
+        return norm, 0
+    if not layer.fused_projections:
+        return getattr(layer, f"add_{letter}_proj" if text else f"to_{letter}"), 0
+    if make == "cross":
+        return (layer.to_q if letter == "q" else layer.to_kv), 0
+    return (layer.to_added_qkv if text else layer.to_qkv), ("q", "k").index(letter)
+
+
+def _by_head(layer: Any, part: int, out: Tensor) -> Float[Tensor, "n heads length d"]:
+    """What a projection, or a norm behind it, gives => float32 by head."""
+    if out.ndim == 3:  # (n, length, parts * heads * d)
+        out = out.narrow(-1, part * layer.inner_dim, layer.inner_dim).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+    elif isinstance(layer, FluxAttention):  # (n, length, heads, d)
+        out = out.transpose(1, 2)
+    return out.float()

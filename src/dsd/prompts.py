@@ -10,18 +10,17 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers.models.attention_processor import Attention
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dsd.backbone import TextStates
 from dsd.contracts import AdapterError, OptionError
-from dsd.probe import cross_attention_layers, select_layers
+from dsd.probe import projections, select_layers, text_width
 
 Projection = Literal["to_q", "to_k", "to_v", "to_out.0"]
 _ADAPTER = "dsd"
@@ -36,8 +35,10 @@ class PromptConfig:
     Attributes:
         rank: Of each low-rank change.
         scale: Multiplies the change; the paper's is 1.
-        projections: Which of a layer's projections are prompted.
-        attention: ``cross`` for image-to-text layers, ``self`` for image-to-image ones, or ``all``.
+        projections: Which of a layer's projections are prompted; in joint attention, those for image and text alike.
+            One that was fused is prompted as a whole.
+        attention: ``cross`` for layers in which the image attends to the text, joint ones among them, ``self`` for the
+            others, or ``all``.
         layers: Patterns of cross-attention layers, as in :class:`dsd.scores.ScoreConfig`; for ``cross`` alone.
         tokens: How many soft tokens join every caption; they count among its own.
         ranks: Names of modules of the denoiser and the rank of each, for prompts that others placed; the fields above,
@@ -90,15 +91,15 @@ def targets(denoiser: nn.Module, config: PromptConfig) -> list[str]:
                 "that it was made for"
             )
         return list(config.ranks)
-    cross = set(select_layers(denoiser, config.layers))
-    layers = [
-        name
-        for name, module in denoiser.named_modules()
-        if isinstance(module, Attention)
-        and (name in cross if module.is_cross_attention else config.attention != "cross")
-        and not (module.is_cross_attention and config.attention == "self")
+    chosen = set(select_layers(denoiser, config.layers)) if config.attention == "cross" else set()
+    names = [
+        module
+        for name, (to_text, roles) in projections(denoiser).items()
+        if (name in chosen if config.attention == "cross" else config.attention == "all" or not to_text)
+        for projection in config.projections
+        for module in roles.get(projection, ())
     ]
-    return [f"{layer}.{projection}" for layer in layers for projection in config.projections]
+    return list(dict.fromkeys(names))
 
 
 def lora_options(ranks: Mapping[str, int], scale: float = 1.0) -> dict[str, Any]:
@@ -134,22 +135,20 @@ def attach(denoiser: nn.Module, config: PromptConfig, seed: int = 0) -> None:
     names = targets(denoiser, config)
     ranks = config.ranks or dict.fromkeys(names, config.rank)
     generator = torch.Generator().manual_seed(seed)
-    if config.tokens:
-        first = next(iter(cross_attention_layers(denoiser).values())).to_k
-        states = torch.randn((config.tokens, first.in_features), generator=generator)
-        denoiser.add_module(TOKENS, _SoftTokens(states.to(first.weight.device)))
-    if not ranks:
-        return
-    inject_adapter_in_model(LoraConfig(**lora_options(ranks, config.scale)), denoiser, adapter_name=_ADAPTER)
-    with torch.no_grad():
-        for _, layer in _layers(denoiser):
-            down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-            bound = 1 / math.sqrt(down.shape[1])
-            down.copy_((2 * torch.rand(down.shape, generator=generator) - 1) * bound)
-            up.zero_()
-            # learned in float32 even where the model is in half precision
-            layer.lora_A[_ADAPTER].float()
-            layer.lora_B[_ADAPTER].float()
+    states = torch.randn((config.tokens, text_width(denoiser)), generator=generator) if config.tokens else None
+    if ranks:
+        inject_adapter_in_model(LoraConfig(**lora_options(ranks, config.scale)), denoiser, adapter_name=_ADAPTER)
+        with torch.no_grad():
+            for _, layer in _layers(denoiser):
+                down, up = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+                bound = 1 / math.sqrt(down.shape[1])
+                down.copy_((2 * torch.rand(down.shape, generator=generator) - 1) * bound)
+                up.zero_()
+                # learned in float32 even where the model is in half precision
+                layer.lora_A[_ADAPTER].float()
+                layer.lora_B[_ADAPTER].float()
+    if states is not None:  # last, because peft freezes what is not its own
+        denoiser.add_module(TOKENS, _SoftTokens(states.to(next(denoiser.parameters()).device)))
 
 
 def detach(denoiser: nn.Module) -> None:
@@ -228,9 +227,7 @@ def join_tokens(denoiser: nn.Module, text: TextStates) -> TextStates:
     tokens = _tokens(denoiser)
     if tokens is None or not tokens.enabled:
         return text
-    soft = tokens.states.to(text.states.dtype).expand(len(text), -1, -1)
-    own = torch.ones(soft.shape[:2], dtype=torch.bool, device=soft.device)
-    return replace(text, states=torch.cat([text.states, soft], 1), own=torch.cat([text.own, own], 1))
+    return text.with_tokens(tokens.states)
 
 
 class _SoftTokens(nn.Module):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import DsdError, ImageInput, ModelError, OptionError, Pair, TextError, batched
 from dsd.images import content_hash, load_image, resize_crop
-from dsd.scores import Features, Pass, Score, ScoreConfig, noised_pass
+from dsd.scores import Measured, Pass, Score, ScoreConfig, noised_pass
 
 V = TypeVar("V")
 
@@ -174,7 +174,7 @@ class Scorer:
         return total, table
 
     def features(
-        self, pairs: Sequence[Pair], features: Features, draws: int = 1, *, progress: bool = False
+        self, pairs: Sequence[Pair], features: Measured, draws: int = 1, *, progress: bool = False
     ) -> Float[np.ndarray, "draws n timesteps features"]:
         """The features of each pair, under the scorer's own noise and then under ``draws - 1`` further draws of it.
 
@@ -224,7 +224,7 @@ class Scorer:
     def _passes(
         self,
         pairs: Sequence[Pair],
-        what: Score | Features,
+        what: Score | Measured,
         noise: Tensor,
         take: Callable[[list[int], Tensor, Pass, Pass | None], None],
         bar: Any,
@@ -258,7 +258,7 @@ class Scorer:
                 step = torch.tensor([s for _, s in part], device=latents.device)
                 z = latents[[image_of[i] for i in index]]
                 text = TextStates.join([texts[i] for i in index])
-                made = noised_pass(self.backbone, z, noise[step], timesteps[step], text, what.layers)
+                made = noised_pass(self.backbone, z, noise[step], timesteps[step], text, what.layers, what.direction)
                 other = None if empty is None else empty.rows([image_of[i] * count + s for i, s in part])
                 take(index, step, made, other)
                 done += len(part)
@@ -267,7 +267,7 @@ class Scorer:
             while done < len(items):
                 self._fit_memory(run)
 
-    def _empty_passes(self, latents: Latents, timesteps: Tensor, what: Score | Features, noise: Tensor) -> Pass | None:
+    def _empty_passes(self, latents: Latents, timesteps: Tensor, what: Score | Measured, noise: Tensor) -> Pass | None:
         """Passes under the empty caption, once for each image and timestep: row ``image * timesteps + timestep``."""
         if not what.needs_empty:
             return None
@@ -282,7 +282,15 @@ class Scorer:
             image, step = index // len(timesteps), index % len(timesteps)
             text = blank.select([0] * len(index))
             made.append(
-                noised_pass(self.backbone, latents[image], noise[step], timesteps[step], text, what.empty_layers)
+                noised_pass(
+                    self.backbone,
+                    latents[image],
+                    noise[step],
+                    timesteps[step],
+                    text,
+                    what.empty_layers,
+                    what.direction,
+                )
             )
             done += len(index)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,15 @@ from torch import Tensor
 
 from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import OptionError
-from dsd.probe import LayerRecord, Probe, cross_attention_layers, paper_layers, select_layers
+from dsd.probe import (
+    Direction,
+    LayerRecord,
+    Probe,
+    check_direction,
+    cross_attention_layers,
+    paper_layers,
+    select_layers,
+)
 from dsd.prompts import join_tokens
 
 
@@ -58,13 +66,14 @@ def noised_pass(
     timesteps: Int[Tensor, " n"],
     text: TextStates,
     layers: Sequence[str] = (),
+    direction: Direction = "image",
 ) -> Pass:
     """Noises the latents, lets the denoiser predict the noise given the captions, and probes ``layers``."""
     noised = backbone.add_noise(latents, noise, timesteps)
     text = join_tokens(backbone.denoiser, text)
     if not layers:
         return Pass(noise, backbone.predict_noise(noised, timesteps, text), {})
-    with Probe(backbone.denoiser, layers, text.own) as probe:
+    with Probe(backbone.denoiser, layers, text.own, text.mask, direction=direction) as probe:
         predicted = backbone.predict_noise(noised, timesteps, text)
     return Pass(noise, predicted, dict(probe.records))
 
@@ -76,6 +85,8 @@ def _mean_over_layers(records: Mapping[str, LayerRecord], what: Callable[[LayerR
 def attention(caption: Pass, empty: Pass | None = None) -> Float[Tensor, " n"]:
     """Mean over layers, heads and positions of the log-sum-exp over the caption's own tokens.
 
+    With direction ``text``: over layers, heads and own tokens of the log-sum-exp over positions.
+
     He et al. 2023, without its pooling of start, end and padding tokens, which lets caption length
     leak into the score.
     """
@@ -83,7 +94,11 @@ def attention(caption: Pass, empty: Pass | None = None) -> Float[Tensor, " n"]:
 
 
 def attention_mass(caption: Pass, empty: Pass | None = None) -> Float[Tensor, " n"]:
-    """Log share of the attention that falls on the caption's own tokens, averaged as in :func:`attention`; <= 0."""
+    """Log share of the attention that falls on the caption's own tokens, averaged as in :func:`attention`; <= 0.
+
+    In joint attention: of that which falls on text. With direction ``text``: log share of the attention of the
+    caption's own tokens that falls on the image.
+    """
     return _mean_over_layers(caption.records, lambda r: r.own - r.all)
 
 
@@ -148,6 +163,8 @@ class ScoreConfig:
         layers: Patterns of cross-attention layers (see :func:`dsd.probe.select_layers`); None: the kind's own.
         weights: For ``mixture``: the weight of each score in the sum.
         seed: Decides the noise, which is the same for all candidates.
+        direction: Whose queries attention is scored by: ``image`` positions, or the ``text``, which asks in joint
+            attention alone (SD 3, FLUX); see :class:`dsd.probe.LayerRecord`.
     """
 
     kind: str = "denoising"
@@ -155,8 +172,11 @@ class ScoreConfig:
     layers: tuple[str, ...] | None = None
     weights: Mapping[str, float] | None = None
     seed: int = 0
+    direction: Direction = "image"
 
     def __post_init__(self) -> None:
+        if self.direction not in get_args(Direction):
+            raise OptionError(f"got direction {self.direction!r}, expected one of {', '.join(get_args(Direction))}")
         if self.kind not in (*SCORES, MIXTURE, WEIGHTED):
             raise OptionError(f"got score {self.kind!r}, expected one of {', '.join((*SCORES, MIXTURE, WEIGHTED))}")
         if (self.kind == MIXTURE) != bool(self.weights):
@@ -194,6 +214,23 @@ def even_timesteps(steps: int, low: int = 0, high: int = 1000) -> tuple[int, ...
     return tuple(int(low + (i + 0.5) * (high - low) / steps) for i in range(steps))
 
 
+class Measured(Protocol):
+    """Numbers that are taken of passes; ``names`` of them a pass."""
+
+    names: tuple[str, ...]
+    layers: tuple[str, ...]
+    """Layers to probe in a pass."""
+    empty_layers: tuple[str, ...]
+    """Layers to probe under the empty caption."""
+    needs_empty: bool
+    direction: Direction
+    """Whose queries attention is measured by."""
+
+    def __call__(self, caption: Pass, empty: Pass | None) -> Float[Tensor, "n features"]:
+        """Passes over n rows => their numbers, in the order of ``names``."""
+        ...
+
+
 class Features:
     """What a ``weighted`` score weighs, resolved over one backbone.
 
@@ -203,6 +240,7 @@ class Features:
     Args:
         backbone: The model.
         layers: Patterns of cross-attention layers; None takes all.
+        direction: As in :class:`ScoreConfig`.
 
     Raises:
         OptionError, ModelError: If a layer is unknown, or there is no cross-attention.
@@ -211,8 +249,10 @@ class Features:
     needs_empty = True
     empty_layers: tuple[str, ...] = ()
 
-    def __init__(self, backbone: Backbone, layers: Sequence[str] | None = None) -> None:
+    def __init__(self, backbone: Backbone, layers: Sequence[str] | None = None, direction: Direction = "image") -> None:
         self.layers = select_layers(backbone.denoiser, layers)
+        self.direction = direction
+        check_direction(backbone.denoiser, self.layers, direction)
         known = cross_attention_layers(backbone.denoiser)
         self._heads = [int(known[name].heads) for name in self.layers]
         heads = [f"{name}.{h}" for name, count in zip(self.layers, self._heads, strict=True) for h in range(count)]
@@ -272,6 +312,7 @@ class Score:
                 f"for {WEIGHTED} alone; load the adapter that they were learned for"
             )
         self.config = config
+        self.direction = config.direction
         self.terms = config.terms
         self.weights: Tensor | None = None
         self.layers: tuple[str, ...]
@@ -280,7 +321,7 @@ class Score:
         """Layers to probe under the empty caption."""
         self._features: Features | None = None
         if weights is not None:
-            self._features = Features(backbone, config.layers)
+            self._features = Features(backbone, config.layers, config.direction)
             shape = (len(config.timesteps), len(self._features.names))
             if tuple(weights.shape) != shape:
                 raise OptionError(
@@ -302,6 +343,8 @@ class Score:
                 )
         self.layers = tuple(dict.fromkeys(name for names in self._layers.values() for name in names))
         self.empty_layers = self.layers if any(SCORES[k].empty for k in self._layers) else ()
+        if self.layers:
+            check_direction(backbone.denoiser, self.layers, config.direction)
 
     def parts(
         self, caption: Pass, empty: Pass | None, steps: Int[Tensor, " n"] | None = None

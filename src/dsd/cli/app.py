@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dsd.cli import embedded, learning, measuring, scoring
+from dsd.cli import embedded, learning, measuring, models, scoring
 from dsd.cli.options import Commands
 from dsd.contracts import DsdError
 
@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 if done, 2 if the request cannot be met, 1 for a fault of ours."""
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         arguments.run(arguments)
@@ -47,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="dsd", description="Match images and texts with a text-to-image diffusion model, zero-shot or taught."
     )
     commands = Commands(parser)
-    for group in (scoring, learning, measuring, embedded):
+    for group in (scoring, learning, measuring, models, embedded):
         group.add(commands)
     return parser

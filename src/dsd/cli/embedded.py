@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from dataclasses import replace
+from typing import Any
 
-from dsd.cli.options import WORLD_TASKS, Commands, world_options
-from dsd.cli.printing import say
+from dsd.cli.options import LEVELS, WORLD_TASKS, Commands, integers, world_options
+from dsd.cli.printing import print_json, print_table, say, watched
+from dsd.contracts import OptionError
 
 
 def add(commands: Commands) -> None:
@@ -15,6 +20,19 @@ def add(commands: Commands) -> None:
     world.add_argument("--out", required=True, metavar="DIR")
     world_options(world)
     world.add_argument("--seed", type=int, default=0)
+
+    study = commands.add("study", _study, "The paper's study: every method on every task of the embedded world.")
+    study.add_argument(
+        "--out", default="study", metavar="DIR", help="default: %(default)s; a study that is there goes on"
+    )
+    study.add_argument("--quick", action="store_true", help="one level, few methods and examples: minutes")
+    study.add_argument("--tasks", metavar="T,T,...", help=f"some of {', '.join(WORLD_TASKS)} (default: all)")
+    study.add_argument("--levels", metavar="L,L,...", help=f"some of {', '.join(LEVELS)} (default: standard,hard)")
+    study.add_argument("--methods", metavar="M;M;...", help="few-shot methods (default: all; a wrong one lists them)")
+    study.add_argument("--shots", type=integers, metavar="N,N,...", help="examples to learn from (default: 16,64,256)")
+    study.add_argument("--seeds", type=int, metavar="N", help="draws of each number (default: 1)")
+    study.add_argument("--held-out", type=int, metavar="N", help="examples a task to measure on (default: 200)")
+    study.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
 
     demo = commands.add("demo", _demo, "The main job on the embedded model: score, teach, see.", form=False)
     demo.add_argument("--out", default="demo", metavar="DIR", help="default: %(default)s")
@@ -30,6 +48,37 @@ def _world(a: argparse.Namespace) -> None:
 
     examples = world_task(a.task, a.split, a.level, a.count, a.seed, a.novel)
     say(str(write_manifest(examples, a.out)))
+
+
+def _study(a: argparse.Namespace) -> None:
+    from dsd.study import QUICK, StudyConfig, run
+    from dsd.study_report import summary, write_report
+    from dsd.tasks import world_task
+
+    named = {"tasks": (a.tasks, ","), "levels": (a.levels, ","), "methods": (a.methods, ";")}
+    given: dict[str, Any] = {k: tuple(v.split(by)) for k, (v, by) in named.items() if v is not None}
+    given |= {k: getattr(a, k) for k in ("shots", "seeds", "held_out") if getattr(a, k) is not None}
+    config = replace(QUICK if a.quick else StudyConfig(), **given)
+    jobs = os.cpu_count() or 1 if a.jobs is None else a.jobs
+    if jobs < 1:
+        raise OptionError(f"got {jobs} jobs, expected 1 or more")
+    made = run(
+        a.out,
+        config,
+        jobs=jobs,
+        announce=lambda text: print(f"dsd study: {text}", file=sys.stderr, flush=True),
+        progress=watched(),
+    )
+    shown = {task: world_task(task, "val", config.levels[0], 1, 0)[0] for task in config.tasks}
+    written = write_report(made, a.out, shown)
+    found = summary(made)
+    if a.format == "json":
+        print_json({"out": a.out, **found})
+        return
+    for heading, rows in list(found["tables"].items())[:2]:
+        say(f"{heading}:")
+        print_table(rows, tuple(dict.fromkeys(key for row in rows for key in row)))
+    say("\n".join(str(path) for path in written))
 
 
 def _demo(a: argparse.Namespace) -> None:

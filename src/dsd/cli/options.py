@@ -19,6 +19,9 @@ SCORE_KINDS = ("attention", "attention-mass", "denoising", "paper", "paper-atten
 WORLD_TASKS = ("comvg", "refcocog", "vqa", "winoground")
 LEVELS = ("easy", "standard", "hard")
 SPLITS = ("few-shot", "val", "test")
+DTYPES = ("float32", "float16", "bfloat16")
+OFFLOADS = ("model", "sequential")
+QUANTIZATIONS = ("8bit", "4bit")
 
 
 class Commands:
@@ -87,7 +90,9 @@ def learning_options(command: argparse.ArgumentParser) -> None:
 
 def model_options(command: argparse.ArgumentParser, adapter: bool = True) -> None:
     group = command.add_argument_group("model and score")
-    group.add_argument("--model", metavar="M", help="alias, hub name or folder (default: the adapter's base, or tiny)")
+    group.add_argument(
+        "--model", metavar="M", help="alias, hub name, folder or single file (default: the adapter's base, or tiny)"
+    )
     if adapter:
         group.add_argument(
             "--adapter", metavar="DIR", help="what was learned: a folder of ours or of the authors' format, or a LoRA"
@@ -101,8 +106,30 @@ def model_options(command: argparse.ArgumentParser, adapter: bool = True) -> Non
     group.add_argument("--seed", type=int, metavar="S", help="decides the noise (default: 0)")
     group.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the model's own)")
     group.add_argument("--batch-size", type=int, metavar="N", help="rows a pass; halved when memory runs out")
+    loading_options(command)
+
+
+def loading_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("loading")
     group.add_argument("--device", metavar="D", help="such as cpu or cuda (default: a GPU if there is one)")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    group.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: %(default)s)")
+    group.add_argument(
+        "--device-map",
+        metavar="MAP",
+        help="balanced: networks spread over the GPUs; or component=device,..., such as text_encoder_3=cpu",
+    )
+    group.add_argument(
+        "--offload", choices=OFFLOADS, help="keep networks in the CPU's memory, bring one, or one layer, at a time"
+    )
+    group.add_argument("--quantize-text-encoder", choices=QUANTIZATIONS, help="with bitsandbytes, on a CUDA GPU")
+    group.add_argument("--variant", metavar="V", help="of the weights' files, such as fp16")
+    group.add_argument(
+        "--revision", metavar="R", help="commit, branch or tag on the hub (default: the card's, or main)"
+    )
+    group.add_argument("--config", metavar="M", help="for a single file: a model of which it has the configuration")
+    group.add_argument(
+        "--allow-pickle", action="store_true", help="read pickled weights where there are no safetensors, tensors alone"
+    )
 
 
 def world_options(command: argparse.ArgumentParser, split: bool = True, benchmark: bool = False) -> None:
@@ -129,7 +156,6 @@ def matcher_of(a: argparse.Namespace) -> Matcher:
     from zipfile import BadZipFile
 
     import numpy as np
-    import torch
 
     from dsd.matcher import Matcher
     from dsd.scores import even_timesteps
@@ -145,13 +171,6 @@ def matcher_of(a: argparse.Namespace) -> Matcher:
             ) from None
         if not isinstance(noise, np.ndarray):
             raise OptionError(f"{a.noise}: got an archive, expected one array saved by numpy.save")
-    if a.device is not None:
-        try:
-            torch.zeros(1, device=a.device).item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise OptionError(
-                f"got device {a.device!r} ({str(error).splitlines()[0]}), expected one that is there, such as cpu"
-            ) from None
     return Matcher.from_pretrained(
         a.model,
         adapter=getattr(a, "adapter", None),
@@ -162,9 +181,26 @@ def matcher_of(a: argparse.Namespace) -> Matcher:
         size=a.size,
         batch_size=a.batch_size,
         noise=noise,
-        device=a.device,
-        dtype=getattr(torch, a.dtype),
+        **loading_of(a),
     )
+
+
+def loading_of(a: argparse.Namespace) -> dict[str, Any]:
+    """The fields of ``dsd.backbone.LoadConfig`` that the options say."""
+    import torch
+
+    names = ("device", "offload", "quantize_text_encoder", "variant", "revision", "config", "allow_pickle")
+    return {**{n: getattr(a, n) for n in names}, "device_map": _device_map(a), "dtype": getattr(torch, a.dtype)}
+
+
+def _device_map(a: argparse.Namespace) -> str | dict[str, str | int] | None:
+    text: str | None = a.device_map
+    if text is None or "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and device for name, _, device in pairs):
+        raise OptionError(f"got --device-map {text!r}, expected balanced, or component=device with commas between them")
+    return {name: int(device) if device.isdecimal() else device for name, _, device in pairs}
 
 
 def accelerator_of(a: argparse.Namespace) -> Any:

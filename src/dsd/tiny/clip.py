@@ -76,7 +76,7 @@ class ClipRecipe:
     easy_samples: int = Recipe.easy_samples
     easy_share: float = Recipe.easy_share
     """As in tiny's recipe: what is drawn from scenes of one and two objects alone."""
-    negatives: int = 1
+    negatives: int = 3
     """False captions made of each true one."""
     neighbours: float = 0.5
     """Share of a batch whose pictures show two of the things that another of the batch shows."""

@@ -1,0 +1,135 @@
+"""A full-size model on a CPU, end to end: ``python benchmarks/cpu.py --out docs/results/cpu``.
+
+Stable Diffusion 2.1-base as its published configuration has it, with random weights: saved as a pipeline, loaded,
+one picture scored against two captions, one step of few-shot learning, and the paper authors' adapter put on if one is
+named. Writes a JSON file and a Markdown page with times and peak memory of the process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from configurations import pipeline
+from dsd.contracts import Example
+from dsd.evaluate import write_text
+from dsd.learn import FitConfig
+from dsd.matcher import Matcher
+from dsd.prompts import PromptConfig
+from dsd.report import table
+from dsd.scores import ScoreConfig
+
+MODEL = "sd21-base"
+CAPTIONS = ("a red circle above a blue square", "a blue square above a red circle")
+
+
+def peak() -> float:
+    """The most memory that the process has held, GB."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def measure(folder: Path, dtype: torch.dtype, adapter: Path | None, timestep: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"peak before, GB": peak()}
+
+    def timed(name: str, run: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        out = run()
+        found[name] = {"seconds": time.perf_counter() - start, "peak, GB": peak()}
+        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+        return out
+
+    score = ScoreConfig("mixture", (timestep,), weights={"attention": 1.0, "denoising": 1.0})
+    matcher = timed("load", lambda: Matcher.from_pretrained(str(folder), score=score, device="cpu", dtype=dtype))
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
+    size = matcher.backbone.image_size
+    image = Image.fromarray(pixels).resize((size, size))
+    table = timed("score", lambda: matcher.score([image], CAPTIONS))
+    found["scores"] = table.scores.tolist()
+    if adapter is not None:
+        with_adapter = timed(
+            "load with the authors' adapter", lambda: Matcher(matcher.backbone, score, adapter=_read(adapter))
+        )
+        table = timed("score with the authors' adapter", lambda: with_adapter.score([image], CAPTIONS))
+        found["scores with the authors' adapter"] = table.scores.tolist()
+        with_adapter.forget()
+    examples = [Example(str(i), (image,), CAPTIONS, ((0, i),)) for i in (0, 1)]
+    config = FitConfig(steps=1, batch=1, check_every=1, negatives=0, image_negatives=0, gradient_checkpointing=True)
+    prompt = PromptConfig(attention="all")
+    timed("few-shot step", lambda: matcher.fit(examples[:1], examples[1:], config=config, prompt=prompt))
+    found |= {"model": MODEL, "pixels": size, "dtype": str(dtype).removeprefix("torch."), "timestep": timestep}
+    return found
+
+
+def _read(folder: Path) -> Any:
+    from dsd.adapters import Adapter
+
+    return Adapter.load(folder)
+
+
+def page(out: Path, values: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    rows = [{"what": name, **value} for name, value in values.items() if "seconds" in str(value)]
+    return f"""# A full-size model on a CPU
+
+Stable Diffusion 2.1-base by its published configuration, with random weights: {values["pixels"]} pixels a side,
+{values["dtype"]}, {values["threads"]} threads of {values["cpu"]}, shared with other work (times are upper bounds).
+Scored: one picture against two captions at one timestep, attention and denoising (three passes of the U-Net). The
+few-shot step learns prompts of rank 4 on all attention layers from one example with two candidates, with gradient
+checkpointing; a look at one held-out example before and after is counted in. Peak memory is that of the process so
+far, weights and Python included. Made by `python benchmarks/cpu.py --out {out}`.
+
+{table(rows, list(rows[0]))}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="path of the results, without suffix")
+    parser.add_argument("--adapter", type=Path, help="a folder in the authors' format")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--timestep", type=int, default=389)
+    parser.add_argument("--small", action="store_true", help="a small network of the same layout, to try the script")
+    parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.save is not None:
+        # half precision on disk, as models are published
+        return pipeline(MODEL, torch.float16, small=options.small).save_pretrained(options.save)  # type: ignore[no-any-return]
+    if options.out is None:
+        parser.error("expected --out")
+    with tempfile.TemporaryDirectory() as folder:
+        # in a process of its own, whose memory does not count
+        again = [sys.executable, __file__, "--save", folder, *(["--small"] if options.small else [])]
+        subprocess.run(again, check=True)
+        found = measure(Path(folder), getattr(torch, options.dtype), options.adapter, options.timestep)
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    values = {**found, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "cpu": _cpu(), "versions": versions}
+    write_text(options.out.with_suffix(".json"), json.dumps(values, indent=1) + "\n")
+    write_text(options.out.with_suffix(".md"), page(options.out, values))
+    return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,459 @@
+"""The paper's study on the embedded model: every method on every task, resumable.
+
+Zero-shot scores of the diffusion model, and what choices of timesteps, layers, pooling and norm are worth, are read
+from one sweep of passes a task (:mod:`dsd.sweep`). Each lesson of a few-shot method is a cell of its own. Everything is
+kept in files that appear whole; :mod:`dsd.study_report` turns them into tables, plots and a page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dsd.backbone import Backbone, load_backbone
+from dsd.baselines import baseline
+from dsd.contracts import Example, OptionError
+from dsd.evaluate import claim, dataset_checksum, evaluate, write_text
+from dsd.learn import FitConfig
+from dsd.matcher import Matcher
+from dsd.metrics import outcomes
+from dsd.prompts import PromptConfig
+from dsd.scores import ScoreConfig
+from dsd.sweep import ERRORS, groups_of, sweep
+from dsd.tasks import WORLD_TASKS, world_task
+
+MODEL = "tiny"
+MANY = 50
+"""Passes a pair of the Diffusion Classifier; its evenly spaced timesteps are those of a sweep."""
+FEW = (50, 150, 250, 350, 500)
+"""Timesteps of what is taught: five passes a pair."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A few-shot method of ours.
+
+    Attributes:
+        score: That is taught.
+        config: How.
+        prompt: Where prompts go.
+    """
+
+    score: str
+    config: FitConfig
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+
+
+_RUN = FitConfig(validation=0.25, check_every=20)
+"""One run that is stopped by a quarter of the examples."""
+
+LESSONS: dict[str, Lesson] = {
+    "dsd prompt": Lesson("attention", _RUN),
+    "dsd prompt, attention + denoising": Lesson("denoising", _RUN),
+    "dsd tokens": Lesson("attention", replace(_RUN, method="tokens")),
+    "dsd heads": Lesson("attention", replace(_RUN, method="heads")),
+    "dsd weights": Lesson("denoising", replace(_RUN, method="weights", draws=2)),
+    "dsd prompt + weights": Lesson("attention", replace(_RUN, method="prompt+weights", draws=2)),
+}
+"""Ours, by name."""
+
+RIVALS = {"CLIP linear probe": "clip-linear-probe", "CLIP CoOp": "clip-coop", "CLIP LoRA": "clip-lora"}
+"""Few-shot baselines by name."""
+
+BLIND = {"chance": "chance", "caption length": "caption-length", "CLIP": "clip"}
+"""Zero-shot methods without a diffusion model."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """The grid.
+
+    Attributes:
+        tasks, levels: Of the embedded world.
+        methods: Few-shot methods, of :data:`LESSONS` and :data:`RIVALS`.
+        shots: Numbers of examples.
+        seeds: Draws of each number.
+        held_out: Examples a task and level to measure on.
+        passes: Of a sweep.
+        max_steps: Optimizer steps of a lesson at most; None leaves them as they are.
+    """
+
+    tasks: tuple[str, ...] = WORLD_TASKS
+    levels: tuple[str, ...] = ("standard", "hard")
+    methods: tuple[str, ...] = (*LESSONS, *RIVALS)
+    shots: tuple[int, ...] = (16, 64, 256)
+    seeds: int = 1
+    held_out: int = 200
+    passes: int = MANY
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, got, known in (
+            ("tasks", self.tasks, WORLD_TASKS),
+            ("levels", self.levels, ("easy", "standard", "hard")),
+            ("methods", self.methods, (*LESSONS, *RIVALS)),
+        ):
+            if not got or not set(got) <= set(known):
+                raise OptionError(f"got {name} {', '.join(got) or 'none'}, expected some of {', '.join(known)}")
+        if not self.shots or min(self.shots) < 4:
+            raise OptionError(f"got shots {self.shots}, expected numbers of at least 4 examples")
+        for name in ("seeds", "held_out", "passes"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"got {name} {getattr(self, name)}, expected 1 or more")
+
+
+QUICK = StudyConfig(
+    levels=("standard",),
+    methods=("dsd prompt", "dsd weights", "CLIP LoRA"),
+    shots=(64,),
+    held_out=60,
+    passes=20,
+    max_steps=60,
+)
+"""A look at the whole in minutes."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Attributes:
+        method: Its name.
+        task, level: Of the held-out examples.
+        shots, seed: Of what it learned from; zero shots for none.
+        outcomes: (examples,) of winoground whether the whole group is right, of others the share of choices won.
+        passes: Of the denoiser, a pair.
+        seconds: Of learning, on one core; None where nothing is learned.
+        kept: Whether what was learned was kept over the score that it started from.
+        calibration: Expected calibration error on held-out examples, where it was measured.
+    """
+
+    method: str
+    task: str
+    level: str
+    shots: int
+    seed: int
+    outcomes: tuple[float, ...]
+    passes: int
+    seconds: float | None = None
+    kept: bool | None = None
+    calibration: float | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """A task at a level.
+
+    Attributes:
+        tags: Of each held-out example.
+        chance: What a blind guess wins.
+        zero: Cells of methods that learned nothing.
+        ablations: By what is varied: of each of its values the outcomes.
+    """
+
+    task: str
+    level: str
+    tags: tuple[tuple[str, ...], ...]
+    chance: float
+    zero: tuple[Cell, ...]
+    ablations: Mapping[str, Mapping[str, tuple[float, ...]]]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was measured.
+
+    Attributes:
+        config: The grid.
+        places: Every task at every level.
+        cells: Of few-shot methods.
+        seconds: Of all measurements, on one core each.
+    """
+
+    config: StudyConfig
+    places: tuple[Place, ...]
+    cells: tuple[Cell, ...]
+    seconds: float
+
+
+def outcomes_of(task: str, examples: Sequence[Example], scores: Sequence[np.ndarray]) -> np.ndarray:
+    """Each example's outcome in the task's own metric: whole groups for winoground, choices won for others."""
+    if task != "winoground":
+        return outcomes(examples, scores)
+    # the right text beats the other for both images, and the right image for both texts
+    return np.array([min(s[0, 0], s[1, 1]) > max(s[0, 1], s[1, 0]) for s in map(np.asarray, scores)], float)
+
+
+def run(
+    out: str | os.PathLike[str],
+    config: StudyConfig,
+    *,
+    jobs: int = 1,
+    announce: Callable[[str], None] = lambda text: None,
+    progress: bool = False,
+) -> Study:
+    """Makes the study in a folder, or goes on with one of the same grid that was stopped there.
+
+    A grid that grew (more methods, shots, seeds, tasks or levels) goes on too; what is there is not made again.
+
+    Args:
+        out: The folder; measurements are kept in ``cells/`` of it.
+        jobs: Processes, with one thread each.
+        announce: Told what is left to do, before it is done.
+        progress: Whether to show a progress bar, on stderr.
+
+    Raises:
+        OptionError: If the folder holds a study of other held-out examples, passes or steps, or cannot be written.
+    """
+    folder = Path(out)
+    claim(folder, "study", {"study": {k: asdict(config)[k] for k in ("held_out", "passes", "max_steps")}})
+    places = [(task, level) for level in config.levels for task in config.tasks]
+    work: list[tuple[Any, ...]] = [(what, *place) for what in ("sweep", "blind") for place in places]
+    work += [
+        ("lesson", task, level, method, shots, seed)
+        for seed in range(config.seeds)
+        for shots in sorted(config.shots, reverse=True)
+        for method in config.methods
+        for task, level in places
+    ]
+    left = [item for item in work if _kept(folder, config, item) is None]
+    if left:
+        announce(f"{len(work) - len(left)} of {len(work)} measurements are there, {len(left)} are left")
+    with tqdm(total=len(work), initial=len(work) - len(left), desc="study", disable=not progress) as bar:
+        _share(folder, config, left, jobs, bar)
+    found = {item: _kept(folder, config, item) or {} for item in work}
+    return Study(
+        config,
+        tuple(_place(found["sweep", *place], found["blind", *place]) for place in places),
+        tuple(_cell(found[item]["cell"]) for item in work if item[0] == "lesson"),
+        sum(values["took"] for values in found.values()),
+    )
+
+
+def _share(folder: Path, config: StudyConfig, left: Sequence[tuple[Any, ...]], jobs: int, bar: Any) -> None:
+    """Does what is left, in this process or in several."""
+    if jobs == 1:
+        for item in left:
+            _do(folder, config, item)
+            bar.update()
+        return
+    # the threads of torch do not survive a fork
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(_do, folder, config, item) for item in left}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                    bar.update()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _path(folder: Path, item: Sequence[Any]) -> Path:
+    """Where a measurement is kept."""
+    name = "-".join(str(part) for part in item).replace(" ", "_").replace(",", "").replace("+", "and")
+    return folder / "cells" / f"{name}.json"
+
+
+def _made_by(config: StudyConfig, item: Sequence[Any]) -> dict[str, Any]:
+    """What decides a measurement besides what the folder is of: other values make it anew."""
+    if item[0] == "sweep":
+        return {"model": _digest("weights")}
+    if item[0] == "blind" or item[3] in RIVALS:
+        return {"model": _digest("clip_weights")}
+    lesson = LESSONS[item[3]]
+    how = {"config": asdict(lesson.config), "prompt": asdict(lesson.prompt), "timesteps": FEW}
+    return {"model": _digest("weights"), "score": lesson.score, **how, "max_steps": config.max_steps}
+
+
+@cache
+def _digest(folder: str) -> str:
+    """32 hex digits over the weights of a model of the package."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(str(files("dsd.tiny").joinpath(folder))).rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _kept(folder: Path, config: StudyConfig, item: Sequence[Any]) -> dict[str, Any] | None:
+    """A measurement that was kept and still holds."""
+    try:
+        values: dict[str, Any] = json.loads(_path(folder, item).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if values.get("made_by") == json.loads(json.dumps(_made_by(config, item))) else None
+
+
+def _do(folder: Path, config: StudyConfig, item: tuple[Any, ...]) -> None:
+    """Makes one measurement, and keeps it."""
+    torch.set_num_threads(1)
+    start = time.perf_counter()
+    makers: dict[str, Callable[..., dict[str, Any]]] = {"sweep": _sweep, "blind": _blind, "lesson": _learn}
+    values = {**makers[item[0]](folder, config, *item[1:]), "made_by": _made_by(config, item)}
+    values["took"] = time.perf_counter() - start
+    write_text(_path(folder, item), json.dumps(values) + "\n")
+
+
+@cache
+def _backbone() -> Backbone:
+    """The embedded model; lessons leave it bare."""
+    return load_backbone(MODEL, device="cpu")
+
+
+def held_out(config: StudyConfig, task: str, level: str) -> list[Example]:
+    """The examples that every method is measured on."""
+    return world_task(task, "test", level, config.held_out, 0)
+
+
+def _tables(examples: Sequence[Example], scores: np.ndarray) -> list[np.ndarray]:
+    ends = np.cumsum([len(e.pairs) for e in examples])[:-1]
+    return [part.reshape(len(e.images), -1) for e, part in zip(examples, np.split(scores, ends), strict=True)]
+
+
+def _sweep(folder: Path, config: StudyConfig, task: str, level: str) -> dict[str, Any]:
+    """Zero-shot scores of the diffusion model on a task at a level, and ablations."""
+    examples = held_out(config, task, level)
+    pairs = [pair for e in examples for pair in e.pairs]
+    distance = 1000 // config.passes
+    made = sweep(_backbone(), pairs, range(distance // 2, distance * config.passes, distance))
+
+    def won(scores: np.ndarray) -> list[float]:
+        return [float(v) for v in outcomes_of(task, examples, _tables(examples, scores))]
+
+    every = tuple(range(config.passes))
+    layers = groups_of(_backbone())
+    five, paper = made.near(FEW), made.near((189, 389, 589, 789))
+    scores = {
+        f"Diffusion Classifier, L2, {config.passes} passes": (made.error(every), every),
+        f"Diffusion Classifier, L1, {config.passes} passes": (made.error(every, "l1"), every),
+        f"DiffusionITM, {config.passes} passes": (made.error(every, empty=True), every),
+        f"denoising, {config.passes} passes": (made.denoising(every), every),
+        "denoising, 5 passes": (made.denoising(five), five),
+        "attention, 5 passes": (made.attention(five), five),
+        "attention-mass, 5 passes": (made.attention(five, pooling="mass"), five),
+        "paper (He et al.), 4 passes": (
+            made.paper_attention(paper, layers["paper's"]) + made.denoising(paper),
+            paper,
+        ),
+        "paper-attention, 4 passes": (made.paper_attention(paper, layers["paper's"]), paper),
+    }
+    zero = [Cell(name, task, level, 0, 0, tuple(won(s)), len(steps)) for name, (s, steps) in scores.items()]
+    counts = [n for n in (1, 2, 5, 10, 25, 50) if n <= config.passes]
+    ablations = {
+        "denoising by number of timesteps": {str(n): won(made.denoising(made.steps(n))) for n in counts},
+        "denoising by timestep": {
+            str(made.timesteps[k]): won(made.denoising((k,))) for k in made.steps(min(10, config.passes))
+        },
+        "attention by timestep": {
+            str(made.timesteps[k]): won(made.attention((k,))) for k in made.steps(min(10, config.passes))
+        },
+        "attention by layers": {name: won(made.attention(every, chosen)) for name, chosen in layers.items()},
+        "attention by pooling": {
+            name: won(made.attention(every, pooling=pooling))
+            for name, pooling in (
+                ("own tokens", "own"),
+                ("all tokens", "all"),
+                ("share of own tokens", "mass"),
+            )
+        },
+        "error by norm": {
+            f"{norm}{', less that without a caption' if empty else ''}": won(made.error(every, norm, empty))
+            for norm in ERRORS
+            for empty in (False, True)
+        },
+    }
+    return {
+        "task": task,
+        "level": level,
+        "tags": [e.tags for e in examples],
+        "chance": _chance(task, examples),
+        "dataset": dataset_checksum(examples),
+        "zero": [asdict(cell) for cell in zero],
+        "ablations": ablations,
+    }
+
+
+def _blind(folder: Path, config: StudyConfig, task: str, level: str) -> dict[str, Any]:
+    """Methods that use no diffusion model, and learn nothing."""
+    examples = held_out(config, task, level)
+    pairs = [pair for e in examples for pair in e.pairs]
+    zero = []
+    for name, kind in BLIND.items():
+        tables = _tables(examples, baseline(kind).predict(pairs))
+        zero.append(Cell(name, task, level, 0, 0, tuple(map(float, outcomes_of(task, examples, tables))), 0))
+    return {"zero": [asdict(cell) for cell in zero]}
+
+
+def _chance(task: str, examples: Sequence[Example]) -> float:
+    """What a guess without looking wins on average."""
+    if task == "winoground":  # of four scores in random order, the two right ones come first
+        return 1 / 6
+    return float(np.mean([1 / max(len(e.images), len(e.texts)) for e in examples]))
+
+
+def _learn(
+    folder: Path, config: StudyConfig, task: str, level: str, method: str, shots: int, seed: int
+) -> dict[str, Any]:
+    """Teaches one method, and measures what it learned."""
+    few = world_task(task, "few-shot", level, shots, seed)
+    examples = held_out(config, task, level)
+    start = time.perf_counter()
+    if method in RIVALS:
+        rival = baseline(RIVALS[method])
+        rival.fit(few, seed=seed)
+        seconds = time.perf_counter() - start
+        result = evaluate(rival, examples)
+        made = outcomes_of(task, examples, result.scores)
+        return {"cell": asdict(Cell(method, task, level, shots, seed, tuple(map(float, made)), 0, seconds))}
+    lesson = LESSONS[method]
+    matcher = Matcher(_backbone(), ScoreConfig(lesson.score, FEW))
+    fitting = replace(lesson.config, seed=seed)
+    if config.max_steps is not None:
+        fitting = replace(fitting, steps=config.max_steps)
+    checkpoint = _path(folder, ("lesson", task, level, method, shots, seed)).with_suffix(".checkpoint")
+    try:
+        matcher.fit(few, config=fitting, prompt=lesson.prompt, checkpoint=checkpoint, resume=True)
+        seconds = time.perf_counter() - start
+        result = evaluate(matcher, examples)
+        assert matcher.adapter is not None
+        training = matcher.adapter.training
+    finally:
+        matcher.forget()
+    checkpoint.unlink(missing_ok=True)
+    made = outcomes_of(task, examples, result.scores)
+    error = training["calibration"]["error"]
+    cell = Cell(
+        method, task, level, shots, seed, tuple(map(float, made)), len(FEW), seconds, bool(training["kept"]), error
+    )
+    return {"cell": asdict(cell)}
+
+
+def _cell(values: Mapping[str, Any]) -> Cell:
+    return Cell(**{**values, "outcomes": tuple(values["outcomes"])})
+
+
+def _place(values: Mapping[str, Any], blind: Mapping[str, Any]) -> Place:
+    return Place(
+        values["task"],
+        values["level"],
+        tuple(tuple(tags) for tags in values["tags"]),
+        values["chance"],
+        tuple(_cell(cell) for cell in (*values["zero"], *blind["zero"])),
+        {name: {k: tuple(v) for k, v in found.items()} for name, found in values["ablations"].items()},
+    )

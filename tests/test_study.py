@@ -1,0 +1,256 @@
+"""The study: a sweep equals the scores it stands for, a grid goes on, and the report says what was measured."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsd import study
+from dsd.backbone import Backbone, load_backbone
+from dsd.baselines import baseline
+from dsd.cli import main
+from dsd.contracts import OptionError
+from dsd.metrics import paired_difference
+from dsd.scorer import Scorer
+from dsd.scores import ScoreConfig
+from dsd.study import Cell, Place, Study, StudyConfig, outcomes_of, run
+from dsd.study_report import Findings, summary, write_report
+from dsd.sweep import groups_of, sweep
+from dsd.tasks import world_task
+from models import picture
+
+Pipe = Callable[..., str]
+TIMES = (10, 260, 510, 760)
+PAIRS = [(picture(i), text) for i in range(2) for text in ("a red circle", "the dog " * 13, "cat")]
+
+
+# A sweep
+
+
+@pytest.fixture(scope="module")
+def backbone(pipe: Pipe) -> Backbone:
+    return load_backbone(pipe())
+
+
+@pytest.mark.parametrize("steps", [(0, 1, 2, 3), (1, 3), (2,)])
+def test_a_sweep_has_the_scores_of_its_passes(backbone: Backbone, steps: tuple[int, ...]) -> None:
+    found = sweep(backbone, PAIRS, TIMES)
+    # a score draws its noise for its own timesteps
+    noise = Scorer(backbone, ScoreConfig("denoising", TIMES)).noise.numpy()[list(steps)]
+
+    def score(kind: str) -> np.ndarray:
+        config = ScoreConfig(kind, tuple(TIMES[k] for k in steps))
+        return Scorer(backbone, config, noise=noise).predict(PAIRS)
+
+    layers = groups_of(backbone)["paper's"]
+    assert np.allclose(found.denoising(steps), score("denoising"), atol=1e-5)
+    assert np.allclose(found.attention(steps), score("attention"), atol=1e-5)
+    assert np.allclose(found.attention(steps, pooling="mass"), score("attention-mass"), atol=1e-5)
+    assert np.allclose(found.paper_attention(steps, layers), score("paper-attention"), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1", "huber"])
+def test_a_sweep_has_the_errors_of_the_baselines(backbone: Backbone, norm: str) -> None:
+    found = sweep(backbone, PAIRS, (125, 375, 625, 875))
+    options: dict[str, Any] = {"model": backbone, "samples": 4, "loss": norm}
+    assert np.allclose(
+        found.error(range(4), norm), baseline("diffusion-classifier", **options).predict(PAIRS), atol=1e-5
+    )
+    assert np.allclose(
+        found.error(range(4), norm, True), baseline("diffusion-itm", **options).predict(PAIRS), atol=1e-5
+    )
+
+
+def test_places_of_timesteps(backbone: Backbone) -> None:
+    found = sweep(backbone, PAIRS[:1], TIMES)
+    assert found.near((0, 300, 999)) == (0, 1, 3)
+    assert found.steps(2) == (1, 3)
+    assert found.steps(4) == (0, 1, 2, 3)
+    with pytest.raises(OptionError):
+        sweep(backbone, PAIRS, ())
+
+
+# The grid
+
+SMALL = StudyConfig(
+    tasks=("winoground",),
+    levels=("standard",),
+    methods=("dsd prompt", "dsd weights"),
+    shots=(8,),
+    held_out=3,
+    passes=5,
+    max_steps=2,
+)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What is measured, as it is."""
+    items: list[tuple[Any, ...]] = []
+    do = study._do
+
+    def watch(folder: Path, config: StudyConfig, item: tuple[Any, ...]) -> None:
+        items.append(item)
+        do(folder, config, item)
+
+    monkeypatch.setattr(study, "_do", watch)
+    monkeypatch.setattr(study, "BLIND", {"chance": "chance"})
+    return items
+
+
+@pytest.mark.slow
+def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    first = run(tmp_path, SMALL)
+    assert len(made) == 4
+    assert [c.method for c in first.cells] == ["dsd prompt", "dsd weights"]
+    assert all(len(c.outcomes) == 3 for c in (*first.cells, *first.places[0].zero))
+    made.clear()
+    assert run(tmp_path, SMALL) == first
+    assert not made
+    # what is broken or was made by another lesson is made again, and nothing else
+    broken = tmp_path / "cells" / "sweep-winoground-standard.json"
+    broken.write_text("{")
+    lesson = study.LESSONS["dsd weights"]
+    other = replace(lesson, config=replace(lesson.config, draws=1))
+    monkeypatch.setitem(study.LESSONS, "dsd weights", other)
+    again = run(tmp_path, SMALL)
+    assert [item[0:1] + item[3:4] for item in made] == [("sweep",), ("lesson", "dsd weights")]
+    assert again.places[0].zero == first.places[0].zero
+    with pytest.raises(OptionError, match="another request"):
+        run(tmp_path, replace(SMALL, held_out=4))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tasks": ("nonesuch",)},
+        {"levels": ()},
+        {"methods": ("prompt",)},
+        {"shots": (2,)},
+        {"seeds": 0},
+        {"held_out": 0},
+    ],
+)
+def test_refused_grids(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        StudyConfig(**wrong)
+
+
+@pytest.mark.parametrize("argv", [["--tasks", "x"], ["--methods", "x"], ["--shots", "1"], ["--jobs", "0"]])
+def test_refused_commands(argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "--out", str(tmp_path / "s"), *argv]) == 2
+    assert "expected" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+def test_winoground_counts_whole_groups() -> None:
+    examples = world_task("winoground", "val", "easy", 3, 0)
+    right, one_wrong, tied = np.array([[2, 1], [0, 3]]), np.array([[2, 1], [2.5, 3]]), np.array([[1, 1], [0, 2]])
+    assert outcomes_of("winoground", examples, [right, one_wrong, tied]).tolist() == [1, 0, 0]
+
+
+def test_random_scores_get_chance() -> None:
+    rng = np.random.default_rng(0)
+    for task in ("comvg", "winoground", "refcocog", "vqa"):
+        examples = world_task(task, "val", "easy", 12, 0)
+        won = [
+            outcomes_of(task, examples, [rng.random((len(e.images), len(e.texts))) for e in examples]).mean()
+            for _ in range(300)
+        ]
+        error = 3 * np.std(won) / np.sqrt(300)
+        assert abs(np.mean(won) - study._chance(task, examples)) < error + 1e-9, task
+
+
+# The report
+
+
+def _study() -> Study:
+    rng = np.random.default_rng(3)
+    places, cells = [], []
+    for task in ("comvg", "winoground"):
+        tags = tuple((("predicate", "subject")[i % 2],) for i in range(40))
+
+        def cell(name: str, share: float, task: str = task, **more: Any) -> Cell:
+            values = tuple(float(v) for v in rng.random(40) < share)
+            return Cell(name, task, "standard", more.pop("shots", 0), more.pop("seed", 0), values, **more)
+
+        zero = (
+            cell("Diffusion Classifier, L2, 50 passes", 0.6, passes=50),
+            cell("DiffusionITM, 50 passes", 0.7, passes=50),
+            cell("denoising, 50 passes", 0.99, passes=50),
+            cell("denoising, 5 passes", 0.6, passes=5),
+        )
+        curve = {str(n): tuple(map(float, rng.random(40) < 0.6)) for n in (1, 5, 50)}
+        places.append(Place(task, "standard", tags, 0.5, zero, {"denoising by number of timesteps": curve}))
+        for seed in range(2):
+            for shots in (16, 64):
+                for name, share in (("dsd prompt", 0.9), ("CLIP LoRA", 0.5), ("CLIP <CoOp>", 0.4)):
+                    passes = 5 if name.startswith("dsd") else 0
+                    cells.append(cell(name, share, shots=shots, seed=seed, passes=passes, seconds=2.0))
+    config = StudyConfig(
+        tasks=("comvg", "winoground"),
+        levels=("standard",),
+        methods=("dsd prompt", "CLIP LoRA"),
+        shots=(16, 64),
+        seeds=2,
+    )
+    return Study(config, tuple(places), tuple(cells), 60.0)
+
+
+def test_findings_are_those_of_the_cells() -> None:
+    made = _study()
+    found = Findings(made)
+    cells = [c for c in made.cells if (c.method, c.task, c.shots) == ("dsd prompt", "comvg", 64)]
+    rows = np.array([c.outcomes for c in cells])
+    assert rows.shape == (2, 40)
+    metric = found.metric("dsd prompt", "comvg", "standard", 64)
+    assert metric is not None
+    assert metric["value"] == pytest.approx(rows.mean())
+    rival = np.array(made.places[0].zero[0].outcomes)
+    assert found.difference("dsd prompt", made.places[0].zero[0].method, "comvg", "standard", 64) == paired_difference(
+        rows.mean(0), rival
+    )
+    # the compositional kinds count the same: predicates of comvg, all of winoground
+    groups = np.array(
+        [c.outcomes for c in made.cells if (c.method, c.task, c.shots) == ("dsd prompt", "winoground", 64)]
+    )
+    gap = found.compositional("dsd prompt", "Diffusion Classifier, L2, 50 passes", "standard", 64)
+    assert gap is not None
+    own = (rows[:, ::2].mean() + groups.mean()) / 2
+    others = (rival[::2].mean() + np.mean(made.places[1].zero[0].outcomes)) / 2
+    assert gap["value"] == pytest.approx(own - others)
+    assert gap["low"] < gap["value"] < gap["high"]
+    assert found.best(["CLIP LoRA", "dsd prompt"], "standard", 64) == "dsd prompt"
+    assert found.metric("nonesuch", "comvg", "standard", 64) is None
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    made = _study()
+    example = replace(world_task("comvg", "val", "easy", 1, 0)[0], texts=("a <b>bold</b> claim",), positives=((0, 0),))
+    written = write_report(made, tmp_path, {"comvg": example})
+    assert {p.suffix for p in written} == {".md", ".tex", ".csv", ".json", ".html", ".png"}
+    assert all(p.stat().st_size > 100 for p in written)
+    page = (tmp_path / "study.html").read_text()
+    assert "<b>bold" not in page
+    assert "CLIP &lt;CoOp&gt;" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    text = (tmp_path / "study.md").read_text()
+    assert "denoising, 50 passes has 0." in text or "denoising, 50 passes has 1." in text
+    assert "carries no claim" in text
+    with (tmp_path / "study.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(made.cells) + sum(len(p.zero) for p in made.places)
+    assert (
+        json.loads((tmp_path / "study.json").read_text())["tables"] == json.loads(json.dumps(summary(made)))["tables"]
+    )
+    assert (tmp_path / "study.tex").read_text().count("\\\\") == 1 + len(
+        {c.method for c in made.cells} | {c.method for p in made.places for c in p.zero}
+    )
