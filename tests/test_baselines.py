@@ -132,6 +132,13 @@ def test_bad_input_is_refused(method: Any, tmp_path: Path) -> None:
         method.score(IMAGES, [])
 
 
+def test_what_learns_nothing_says_so(method: Any, methods: dict[str, Any]) -> None:
+    name = next(n for n, m in methods.items() if m is method)
+    if not BASELINES[name].few_shot:
+        with pytest.raises(OptionError, match="a baseline that learns"):
+            method.fit(toy(4))
+
+
 def test_names_and_options_are_checked() -> None:
     with pytest.raises(OptionError, match="expected one of chance"):
         baseline("clap")

@@ -45,7 +45,11 @@ def _one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_word_is_one_token_and_nothing_is_unknown():
-    tokenizer = pretrain.build_tokenizer()
+    for tokenizer in (pretrain.build_tokenizer(), pretrain.learn_tokenizer()):
+        _knows_every_word(tokenizer)
+
+
+def _knows_every_word(tokenizer):
     assert [w for w in vocabulary_words() if len(tokenizer(w).input_ids) != 3] == []
     ids = tokenizer("zebra ÿ 🐶 42!", add_special_tokens=False).input_ids
     assert tokenizer.unk_token_id not in ids
@@ -140,3 +144,13 @@ def test_a_stopped_stage_ends_as_an_unbroken_one(tmp_path):
 def test_a_stage_stops_at_its_time(tmp_path):
     stage = pretrain.train_vae(SMALL, tmp_path, CPU, time.monotonic())
     assert stage.samples == 0
+
+
+def test_every_leg_reads_words_as_the_model_that_ships_does():
+    from importlib.resources import files
+
+    from transformers import CLIPTokenizer
+
+    shipped = CLIPTokenizer.from_pretrained(str(files("dsd.tiny").joinpath("weights", "tokenizer")))
+    for _ in range(3):
+        assert pretrain.build_tokenizer().get_vocab() == shipped.get_vocab()

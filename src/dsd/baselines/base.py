@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from dsd.contracts import ImageInput, ModelError, OptionError, Pair, ScoreTable, image_name
+from dsd.contracts import Example, ImageInput, ModelError, OptionError, Pair, ScoreTable, image_name
 from dsd.images import content_hash, load_image
 from dsd.scorer import Cache, check_text
 
@@ -30,6 +30,27 @@ class Baseline(ABC):
     @abstractmethod
     def _scores(self, pairs: Sequence[Pair], progress: bool) -> np.ndarray:
         """(n,) of at least one pair whose captions have been checked."""
+
+    def fit(
+        self,
+        examples: Sequence[Example],
+        validation: Sequence[Example] | None = None,
+        *,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> Self:
+        """Teaches it from labelled examples, if it can learn.
+
+        Args:
+            examples: In which right and wrong candidates compete.
+            validation: Examples to stop by; None holds out ``examples``.
+            seed: Of whatever is drawn; None takes the method's own.
+            progress: Whether to show a bar on stderr.
+
+        Raises:
+            OptionError: If it learns nothing, or there is nothing to learn from.
+        """
+        raise OptionError(f"got examples for {self.name}, expected a baseline that learns; use it as it is")
 
     def predict(self, pairs: Sequence[Pair], *, progress: bool = False) -> np.ndarray:
         """Scores (image, caption) pairs: (n,) float32, higher is a better match.

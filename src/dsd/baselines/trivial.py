@@ -65,7 +65,14 @@ class CaptionLength(Baseline):
         lengths = [len(text.split()) + min(len(text), 1023) / 1024 for _, text in pairs]
         return np.array(lengths) * (1 if self.better == "long" else -1)
 
-    def fit(self, examples: Sequence[Example], validation: Sequence[Example] | None = None, *, seed: int = 0) -> Self:
+    def fit(
+        self,
+        examples: Sequence[Example],
+        validation: Sequence[Example] | None = None,
+        *,
+        seed: int | None = None,
+        progress: bool = False,
+    ) -> Self:
         """Learns whether the right captions of choices among captions are the longer or the shorter ones."""
         longer = 0.0
         for example in (*examples, *(validation or ())):

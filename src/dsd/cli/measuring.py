@@ -199,8 +199,7 @@ def _taught(made: Any, lesson: Lesson, folder: str | None, seed: int) -> Any:
     kept = None if folder is None or not hasattr(made, "save") else Path(folder) / "baseline"
     if kept is not None and (kept / "baseline.json").exists():
         return load_baseline(kept)
-    options = {"progress": watched()} if kept is not None or hasattr(made, "save") else {}
-    made.fit(lesson.examples, seed=seed, **options)
+    made.fit(lesson.examples, seed=seed, progress=watched())
     if kept is not None:
         made.save(kept)
     return made

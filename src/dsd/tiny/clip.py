@@ -76,7 +76,7 @@ class ClipRecipe:
     easy_samples: int = Recipe.easy_samples
     easy_share: float = Recipe.easy_share
     """As in tiny's recipe: what is drawn from scenes of one and two objects alone."""
-    negatives: int = 1
+    negatives: int = 3
     """False captions made of each true one."""
     neighbours: float = 0.5
     """Share of a batch whose pictures show two of the things that another of the batch shows."""
@@ -140,7 +140,7 @@ def altered(rng: random.Random, claim: Claim) -> Claim:
                 ]
         if phrase.count > 1:
             groups["count"] += [_with(claim, side, replace(phrase, count=n)) for n in (2, 3, 4) if n != phrase.count]
-    known = {k: [c for c in v if _kinds(c).isdisjoint(world.HELD_OUT)] for k, v in groups.items()}
+    known = {k: [c for c in v if c != claim and _kinds(c).isdisjoint(world.HELD_OUT)] for k, v in groups.items()}
     return rng.choice(rng.choice([v for v in known.values() if v]))
 
 
@@ -410,11 +410,18 @@ def export(recipe: ClipRecipe, folder: Path, out: Path, look: int = 300, hardwar
     write_text(out / "training.json", json.dumps(record, indent=1) + "\n")
     if figures is not None:
         write_text(out / "held_out.json", json.dumps(figures, indent=1) + "\n")
-        write_card(out, hardware)
+        legs = folder / "legs.md"
+        write_card(out, hardware, legs.read_text("utf-8") if legs.exists() else "")
 
 
-def write_card(folder: Path, hardware: str) -> None:
-    """Writes the model's card from the training record and the held-out figures beside the weights."""
+def write_card(folder: Path, hardware: str, legs: str = "") -> None:
+    """Writes the model's card from the training record and the held-out figures beside the weights.
+
+    Args:
+        folder: Of the weights.
+        hardware: In words.
+        legs: How the recipe changed on the way, if it did: a paragraph (``legs.md`` beside the checkpoint).
+    """
     record = json.loads((folder / "training.json").read_text())
     figures = json.loads((folder / "held_out.json").read_text())
     recipe = record["recipe"]
@@ -456,7 +463,7 @@ The other tasks, overall (a choice of `winoground` and of yes-no questions has t
 
 {table(others, ("level", "winoground", "refcocog", "vqa"))}
 """
-    write_text(folder / "README.md", text)
+    write_text(folder / "README.md", text + (f"\n{legs.strip()}\n" if legs.strip() else ""))
 
 
 def main() -> None:

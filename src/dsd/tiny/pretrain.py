@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -144,7 +145,18 @@ def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer with a token for every word of the world; other text falls into smaller pieces."""
+    """The tokenizer that ships: learning it anew breaks ties another way each time, and swaps ids between words.
+
+    Whatever goes on from a checkpoint, or from another model's text encoder, must read words as that did.
+    """
+    return CLIPTokenizer.from_pretrained(str(files("dsd.tiny").joinpath("weights", "tokenizer")))
+
+
+def learn_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer with a token for every word of the world; other text falls into smaller pieces.
+
+    How the one that ships was made. Ids of a few tokens differ from call to call.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=4096, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
