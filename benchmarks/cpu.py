@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from configurations import pipeline
+from dsd.adapters import Adapter
 from dsd.contracts import Example
 from dsd.evaluate import write_text
 from dsd.learn import FitConfig
@@ -34,6 +35,7 @@ from dsd.report import table
 from dsd.scores import ScoreConfig
 
 MODEL = "sd21-base"
+PHASES = ("score", "step", "adapter")
 CAPTIONS = ("a red circle above a blue square", "a blue square above a red circle")
 
 
@@ -43,14 +45,21 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def measure(folder: Path, dtype: torch.dtype, adapter: Path | None, timestep: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"peak before, GB": peak()}
+def measure(
+    folder: Path,
+    dtype: torch.dtype,
+    phases: Sequence[str],
+    adapter: Path | None,
+    timestep: int,
+    keep: Callable[..., None],
+) -> None:
+    """Goes through the phases; each result is kept as soon as it is there, for some take long."""
 
-    def timed(name: str, run: Callable[[], Any]) -> Any:
+    def timed(name: str, run: Callable[[], Any], **more: Callable[[Any], Any]) -> Any:
         start = time.perf_counter()
         out = run()
-        found[name] = {"seconds": time.perf_counter() - start, "peak, GB": peak()}
-        print(f"{name}: {found[name]}", file=sys.stderr, flush=True)
+        values = {"seconds": time.perf_counter() - start, "peak, GB": peak()}
+        keep(**{name: values | {what: of(out) for what, of in more.items()}})
         return out
 
     score = ScoreConfig("mixture", (timestep,), weights={"attention": 1.0, "denoising": 1.0})
@@ -58,49 +67,49 @@ def measure(folder: Path, dtype: torch.dtype, adapter: Path | None, timestep: in
     pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), np.uint8)
     size = matcher.backbone.image_size
     image = Image.fromarray(pixels).resize((size, size))
-    table = timed("score", lambda: matcher.score([image], CAPTIONS))
-    found["scores"] = table.scores.tolist()
-    if adapter is not None:
-        with_adapter = timed(
-            "load with the authors' adapter", lambda: Matcher(matcher.backbone, score, adapter=_read(adapter))
+    keep(model=MODEL, pixels=size, dtype=str(dtype).removeprefix("torch."), timestep=timestep)
+    if "score" in phases:
+        timed("score", lambda: matcher.score([image], CAPTIONS), scores=lambda t: t.scores.tolist())
+    if "step" in phases:
+        examples = [Example(str(i), (image,), CAPTIONS, ((0, i),)) for i in (0, 1)]
+        options = {"negatives": 0, "image_negatives": 0, "gradient_checkpointing": True}
+        config = FitConfig(steps=1, batch=1, check_every=1, **options)
+        learner = Matcher(matcher.backbone, ScoreConfig("attention", (timestep,)))
+        prompt = PromptConfig(attention="all")
+        timed("few-shot step", lambda: learner.fit(examples[:1], examples[1:], config=config, prompt=prompt))
+        learner.forget()
+    if "adapter" in phases and adapter is not None:
+        given = Matcher(matcher.backbone, score, adapter=Adapter.load(adapter))
+        timed(
+            "score with the authors' adapter",
+            lambda: given.score([image], CAPTIONS),
+            scores=lambda t: t.scores.tolist(),
         )
-        table = timed("score with the authors' adapter", lambda: with_adapter.score([image], CAPTIONS))
-        found["scores with the authors' adapter"] = table.scores.tolist()
-        with_adapter.forget()
-    examples = [Example(str(i), (image,), CAPTIONS, ((0, i),)) for i in (0, 1)]
-    config = FitConfig(steps=1, batch=1, check_every=1, negatives=0, image_negatives=0, gradient_checkpointing=True)
-    prompt = PromptConfig(attention="all")
-    timed("few-shot step", lambda: matcher.fit(examples[:1], examples[1:], config=config, prompt=prompt))
-    found |= {"model": MODEL, "pixels": size, "dtype": str(dtype).removeprefix("torch."), "timestep": timestep}
-    return found
-
-
-def _read(folder: Path) -> Any:
-    from dsd.adapters import Adapter
-
-    return Adapter.load(folder)
 
 
 def page(out: Path, values: dict[str, Any]) -> str:
     """The results as Markdown."""
-    rows = [{"what": name, **value} for name, value in values.items() if "seconds" in str(value)]
+    timed = {name: value for name, value in values.items() if isinstance(value, dict) and "seconds" in value}
+    rows = [{"what": n, "seconds": v["seconds"], "peak, GB": v["peak, GB"]} for n, v in timed.items()]
+    no_step = "\nThe few-shot step is not measured yet: `--phases step` adds it.\n"
     return f"""# A full-size model on a CPU
 
 Stable Diffusion 2.1-base by its published configuration, with random weights: {values["pixels"]} pixels a side,
 {values["dtype"]}, {values["threads"]} threads of {values["cpu"]}, shared with other work (times are upper bounds).
 Scored: one picture against two captions at one timestep, attention and denoising (three passes of the U-Net). The
-few-shot step learns prompts of rank 4 on all attention layers from one example with two candidates, with gradient
-checkpointing; a look at one held-out example before and after is counted in. Peak memory is that of the process so
-far, weights and Python included. Made by `python benchmarks/cpu.py --out {out}`.
+few-shot step learns prompts of rank 4 on all attention layers for the attention score, from one example with two
+candidates, with gradient checkpointing; a look at one held-out example before and after is counted in. Peak memory is
+that of the process so far, weights and Python included. Made by `python benchmarks/cpu.py --out {out}`.
 
 {table(rows, list(rows[0]))}
-"""
+{"" if "few-shot step" in values else no_step}"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="path of the results, without suffix")
     parser.add_argument("--adapter", type=Path, help="a folder in the authors' format")
+    parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=PHASES)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--timestep", type=int, default=389)
     parser.add_argument("--small", action="store_true", help="a small network of the same layout, to try the script")
@@ -108,19 +117,28 @@ def main() -> None:
     options = parser.parse_args()
     if options.save is not None:
         # half precision on disk, as models are published
-        return pipeline(MODEL, torch.float16, small=options.small).save_pretrained(options.save)  # type: ignore[no-any-return]
+        pipeline(MODEL, torch.float16, small=options.small).save_pretrained(options.save)
+        return
     if options.out is None:
         parser.error("expected --out")
+    path = options.out.with_suffix(".json")
+    values: dict[str, Any] = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "cpu": _cpu()}
+    values["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
+    if path.exists() and set(options.phases) != set(PHASES):  # some anew, the others as they were
+        values |= json.loads(path.read_text("utf-8"))
+
+    def keep(**more: Any) -> None:
+        values.update(more)
+        print(more, file=sys.stderr, flush=True)
+        write_text(path, json.dumps(values, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as folder:
         # in a process of its own, whose memory does not count
         again = [sys.executable, __file__, "--save", folder, *(["--small"] if options.small else [])]
         subprocess.run(again, check=True)
-        found = measure(Path(folder), getattr(torch, options.dtype), options.adapter, options.timestep)
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    values = {**found, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "cpu": _cpu(), "versions": versions}
-    write_text(options.out.with_suffix(".json"), json.dumps(values, indent=1) + "\n")
+        dtype = getattr(torch, options.dtype)
+        measure(Path(folder), dtype, options.phases, options.adapter, options.timestep, keep)
     write_text(options.out.with_suffix(".md"), page(options.out, values))
-    return None
 
 
 def _cpu() -> str:

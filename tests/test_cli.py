@@ -604,7 +604,12 @@ def test_evaluation_into_a_folder_goes_on(dsd: Command, tmp_path: Path, monkeypa
     assert (status, err) == (130, "dsd eval: stopped\n")
     found = dsd.json("eval", *task, "--out", tmp_path / "run")
     assert sum(calls) > calls[0] + calls[1] == 8 + calls[1]
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["request.json", "result.json", "scores.parquet"]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "report.html",
+        "request.json",
+        "result.json",
+        "scores.parquet",
+    ]
     direct = dsd.json("eval", *task, "--out", tmp_path / "direct.json")
     assert {**found, "seconds": 0} == {**direct, "seconds": 0}
     examples = json.loads((tmp_path / "direct.json").read_text())["examples"]
@@ -808,12 +813,60 @@ def test_explanation_is_drawn(dsd: Command, image: Path, tmp_path: Path) -> None
         assert min(drawn.size) > 16
 
 
+@pytest.mark.parametrize("end", [".PNG", ".svg", ".pdf", ".html", ".npz", ".json"])
+def test_explanations_are_files_by_their_ending(dsd: Command, image: Path, tmp_path: Path, end: str) -> None:
+    out = tmp_path / f"map{end}"
+    quick = (
+        "--draws",
+        "1",
+        "--map-timesteps",
+        "300",
+        "--maps",
+        "attention",
+        "--map-layers",
+        "mid_block",
+        "--heads",
+        "0,1",
+    )
+    both = (
+        ("--text", "a red dog", "--text2", "a red cat") if end == ".pdf" else ("--text", "a red dog", "--phrase", "dog")
+    )
+    status, _, err = dsd("explain", image, *both, "--out", out, "--model", dsd.model, *quick)
+    assert (status, err) == (0, "")
+    begins = {".PNG": b"\x89PNG", ".svg": b"<svg", ".pdf": b"%PDF-1.4", ".html": b"<!DOCTYPE html>", ".npz": b"PK"}
+    assert out.read_bytes().startswith(begins.get(end, b"{"))
+
+
+def test_two_images_are_explained(dsd: Command, image: Path, tmp_path: Path) -> None:
+    out = tmp_path / "both.json"
+    status, _, err = dsd("explain", image, image, "--text", "a dog", "--out", out, "--model", dsd.model, "--draws", "1")
+    assert (status, err) == (0, "")
+    assert json.loads(out.read_text())["difference"] == 0
+
+
+def test_failures_are_shown(dsd: Command, tmp_path: Path) -> None:
+    page = tmp_path / "why.html"
+    task = ("comvg", "--level", "easy", "--count", "4", "--timesteps", "300", "--model", dsd.model)
+    status, _, err = dsd("eval", *task, "--report", page, "--failures", "1")
+    assert (status, err) == (0, "")
+    assert page.read_text().count("<article") == 2
+    assert "data-veil" in page.read_text()
+    assert "html" in dsd.refused("eval", *task, "--report", tmp_path / "why.txt")
+    assert "failures" in dsd.refused("eval", *task, "--failures", "-1")
+
+
 def test_explanations_that_cannot_be(dsd: Command, image: Path, tmp_path: Path) -> None:
     assert "none.png" in dsd.refused("explain", tmp_path / "none.png", "--text", "cat", "--out", tmp_path / "m.png")
     assert "word" in dsd.refused("explain", image, "--text", " ", "--out", tmp_path / "m.png")
     (tmp_path / "file").touch()
-    for out in (tmp_path / "file" / "m.png", tmp_path):
+    for out in (tmp_path / "file" / "m.png", tmp_path, tmp_path / "m.jpg"):
         assert "expected" in dsd.refused("explain", image, "--text", "cat", "--out", out)
+    out = tmp_path / "m.png"
+    assert "two" in dsd.refused("explain", image, image, "--text", "cat", "--text2", "dog", "--out", out)
+    assert "phrase" in dsd.refused("explain", image, "--text", "cat", "--text2", "dog", "--phrase", "cat", "--out", out)
+    assert "zebra" in dsd.refused("explain", image, "--text", "cat", "--phrase", "zebra", "--out", out)
+    assert "heads" in dsd.refused("explain", image, "--text", "cat", "--heads", "99", "--out", out)
+    assert not out.exists()
 
 
 # Faults, and what is loaded
@@ -852,6 +905,7 @@ def test_a_reader_that_has_had_enough(dsd: Command, image: Path, monkeypatch: py
 
 
 def test_constants_are_the_librarys() -> None:
+    from dsd import explanation
     from dsd.tasks import WORLD_TASKS
     from dsd.tasks.twins import Split
     from dsd.tiny.world import Level
@@ -860,6 +914,7 @@ def test_constants_are_the_librarys() -> None:
     assert options.WORLD_TASKS == WORLD_TASKS
     assert get_args(Level) == options.LEVELS
     assert get_args(Split) == options.SPLITS
+    assert explanation.METHODS == options.MAPS
 
 
 HEAVY = {"torch", "numpy", "PIL", "diffusers", "transformers", "peft"}

@@ -569,6 +569,14 @@ def test_half_precision(kind: str, backbone: Backbone) -> None:
     assert half.predict_noise(noised, t, text).dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "pixart-sigma", "sd1"])
+def test_a_vae_that_overflows_in_float16_is_left_in_float32(kind: str) -> None:
+    made = models.backbone_of(models.pipeline(kind).to(torch.float16))
+    assert made.dtype == torch.float16
+    assert made.vae.dtype == (torch.float16 if kind == "sd1" else torch.float32)
+    assert made.encode_images([picture(0)]).isfinite().all()
+
+
 # The probe
 
 
@@ -678,6 +686,9 @@ def test_directions_that_there_are_not() -> None:
     for kind in ("sd1", "sdxl", "pixart-sigma"):
         with pytest.raises(OptionError, match="joint attention"):
             Score(backbone_of(kind), ScoreConfig("attention", direction="text"))
+    for direction in ("image", "text"):
+        config = ScoreConfig("attention", direction=direction)
+        assert ScoreConfig.from_dict(config.to_dict()) == config
     with pytest.raises(OptionError, match="expected one of image, text"):
         ScoreConfig("attention", direction="both")
     for kind in JOINT:

@@ -23,6 +23,7 @@ from dsd.backbone import TextStates, load_backbone
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
 from dsd.learn import FitConfig, Learner, Team, checkpointed
 from dsd.lesson import Negatives
+from dsd.matcher import Matcher
 from dsd.prompts import PromptConfig
 from dsd.records import Log
 from dsd.scorer import Scorer
@@ -428,7 +429,7 @@ def test_the_empty_caption_is_passed_once_an_image(pipe: Pipe, monkeypatch: pyte
 
 
 def test_attention_is_taught_along_with_denoising(pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By default, in units of its spread; the zero-shot score that it must beat is denoising alone."""
+    """If asked for, in units of its spread; the zero-shot score that it must beat is denoising alone."""
     zero = ScoreConfig("denoising", SCORE.timesteps)
     examples, made = toy(6), scorer(pipe, zero)
     pairs = [pair for e in examples for pair in e.pairs]
@@ -442,7 +443,7 @@ def test_attention_is_taught_along_with_denoising(pipe: Pipe, tmp_path: Path, mo
 
     with monkeypatch.context() as patch:
         looks_as(patch, look)
-        adapter = fit(made, examples, config=replace(QUICK, validation=0.5))
+        adapter = fit(made, examples, config=replace(QUICK, validation=0.5, mix=("attention",)))
     assert np.array_equal(first[0].reshape(-1, 2), denoising)
     assert adapter.score.kind == "mixture"
     assert adapter.score.weights is not None
@@ -453,6 +454,45 @@ def test_attention_is_taught_along_with_denoising(pipe: Pipe, tmp_path: Path, mo
     fresh = load_backbone(pipe())
     again.attach(fresh)
     assert np.array_equal(Scorer(fresh, again.score).predict(pairs), made.predict(pairs))
+
+
+def test_denoising_is_added_as_it_is_without_prompts(
+    pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default: attention is taught by itself, in fewer passes, and the bare model's denoising score joins it."""
+    zero = ScoreConfig("denoising", (200, 500, 800))
+    examples, made = toy(6), scorer(pipe, zero)
+    pairs = [pair for e in examples for pair in e.pairs]
+    bare = made.predict(pairs)
+    with monkeypatch.context() as patch:
+        looks_as(patch, change)
+        adapter = fit(made, examples, config=replace(QUICK, validation=0.5))
+    assert adapter.training["kept"]
+    assert adapter.score == replace(
+        zero, kind="attention", timesteps=(200, 800), bare=zero, bare_weight=adapter.score.bare_weight
+    )
+    assert adapter.score.passes == 5
+    assert adapter.score.bare_weight > 0
+    attached = load_backbone(pipe())
+    adapter.attach(attached)
+    taught = Scorer(attached, ScoreConfig("attention", (200, 800))).predict(pairs)
+    assert float(np.abs(taught - Scorer(load_backbone(pipe()), made.score.config).predict(pairs)).max()) > 1e-4
+    assert np.allclose(made.predict(pairs), taught + adapter.score.bare_weight * bare, atol=1e-4)
+    assert np.array_equal(made.predict_parts(pairs)[1]["bare denoising"], bare)
+    again = Matcher.from_pretrained(pipe(), adapter=adapter.save(tmp_path / "a"))
+    assert again.score_config == adapter.score
+    assert np.array_equal(again.predict(pairs), made.predict(pairs))
+    assert np.array_equal(again.forget().predict(pairs), bare)
+
+
+def test_a_bare_score_is_a_zero_shot_one() -> None:
+    zero = ScoreConfig("denoising", (200, 500))
+    both = ScoreConfig("attention", (200,), bare=zero, bare_weight=2.0)
+    assert ScoreConfig.from_dict(json.loads(json.dumps(both.to_dict()))) == both
+    assert (both.passes, both.empty_passes, zero.passes, zero.empty_passes) == (3, 2, 2, 2)
+    assert "bare_weight" not in zero.to_dict()
+    with pytest.raises(OptionError, match="zero-shot"):
+        ScoreConfig("attention", (200,), bare=both)
 
 
 def test_what_is_taught_can_be_chosen(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:

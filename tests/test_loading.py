@@ -51,10 +51,10 @@ def refused(error: pytest.ExceptionInfo[DsdError], *words: str) -> str:
     return text
 
 
-def noise_seen(backbone: Backbone) -> Tensor:
+def noise_seen(backbone: Backbone, caption: str = "a red circle left of a dog") -> Tensor:
     """What a backbone makes of a picture and a caption."""
     latents = backbone.encode_images([picture(0)])
-    (text,) = backbone.encode_texts(["a red circle left of a dog"])
+    (text,) = backbone.encode_texts([caption])
     t = torch.tensor([300])
     with torch.no_grad():
         noised = backbone.add_noise(latents, torch.ones_like(latents), t)
@@ -339,6 +339,30 @@ def test_any_scheduler_of_the_process_will_do(folder: Path, pipe: Pipe, kind: st
 def test_safety_checker_is_never_loaded(folder: Path, pipe: Pipe) -> None:
     edit(folder / "model_index.json", safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     assert torch.equal(noise_seen(load_backbone(str(folder))), noise_seen(load_backbone(pipe())))
+
+
+# Families
+
+
+@pytest.mark.parametrize("kind", ["sd-lcm", "sdxl", "sd3", "sd3-without-t5", "flux-dev", "pixart-sigma", "dit"])
+def test_every_family_is_loaded_from_its_folder(kind: str, tmp_path: Path) -> None:
+    stock = models.pipeline(kind)
+    stock.save_pretrained(tmp_path)
+    expected, found = models.backbone_of(stock), load_backbone(str(tmp_path))
+    assert type(found) is type(expected)
+    assert noise_seen(found, "dog").isfinite().all()
+    assert torch.allclose(noise_seen(found, "dog"), noise_seen(expected, "dog"), atol=1e-5)
+    assert json.dumps(found.computation(), default=str) == json.dumps(expected.computation(), default=str)
+
+
+def test_tokenizer_that_needs_sentencepiece_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PixArt's is on the hub."""
+    models.pipeline("pixart-sigma").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer/tokenizer.json").rename(tmp_path / "tokenizer/spiece.model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(ModelError) as error:
+        load_backbone(str(tmp_path))
+    refused(error, "sentencepiece", "pip install sentencepiece protobuf")
 
 
 # Weights

@@ -10,18 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 import dsd
 from dsd import prompts
 from dsd.adapters import Adapter
 from dsd.contracts import AdapterError, Example, ImageError, MatcherProtocol, ModelError, OptionError, TextError
-from dsd.explain import WordMaps
 from dsd.learn import FitConfig
 from dsd.matcher import Matcher
 from dsd.prompts import PromptConfig
-from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
 from looks import looks_as
 from models import PIXELS, picture, save_adapter
@@ -345,81 +341,3 @@ def test_push_to_hub(pipe: Pipe, adapter: Path, monkeypatch: pytest.MonkeyPatch)
         ("create", "me/mine", {"private": True, "exist_ok": True}),
         ("upload", "me/mine", ["README.md", "adapter_config.json", "adapter_model.safetensors"], 2.5),
     ]
-
-
-# Explanations
-
-
-def check_maps(found: WordMaps, words: tuple[str, ...], size: int = PIXELS) -> None:
-    assert found.words == words
-    assert found.maps.shape == (len(words), size, size)
-    assert found.maps.dtype == np.float32
-    assert found.maps.min() >= 0
-    assert np.allclose(found.maps.max((1, 2)), 1)
-    assert isinstance(found.image, Image.Image)
-    assert found.image.size == (size, size)
-
-
-@pytest.mark.parametrize("kind", ["denoising", "attention", "paper"])
-def test_explanation_has_a_map_a_word(pipe: Pipe, kind: str) -> None:
-    matcher = Matcher.from_pretrained(pipe(), score=kind, timesteps=(200, 700))
-    found = matcher.explain(IMAGES[0], "a red circle, left of a Zebra")
-    check_maps(found, ("a", "red", "circle", ",", "left", "of", "a", "zebra"))
-    assert not np.allclose(found.maps[1], found.maps[2], atol=0.01)
-    assert np.array_equal(found.maps, matcher.explain(IMAGES[0], "a red circle, left of a Zebra").maps)
-
-
-@pytest.mark.parametrize("text", ["the dog " * 13, "قطة فوق كلب", "a 🐕 dog"])
-def test_captions_of_all_kinds_are_explained(matcher: Matcher, text: str) -> None:
-    (states,) = matcher.backbone.encode_texts([text])
-    check_maps(matcher.explain(IMAGES[0], text), states.words[0].spelling)
-
-
-def test_explanation_of_other_sizes(pipe: Pipe) -> None:
-    matcher = Matcher.from_pretrained(pipe(), size=27, timesteps=(300,))
-    check_maps(matcher.explain(picture(0, 90), "red cat"), ("red", "cat"), 27)
-
-
-@torch.no_grad()
-def test_start_end_and_padding_are_left_out(matcher: Matcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Made-up attention: nearly all of it on the start, and of the rest, "dog" left and "cat" right."""
-    from dsd import explain, probe
-
-    def record(self: Any, layer: Any, query: torch.Tensor, key: torch.Tensor) -> probe.LayerRecord:
-        positions = query.shape[1]
-        side = round(positions**0.5)
-        maps = torch.full((1, side, side, key.shape[1]), 1e-4)
-        maps[..., 0] = 1.0
-        maps[..., 4:] = torch.rand(1, side, side, key.shape[1] - 4)
-        maps[..., 2] = 0.005
-        maps[:, -side // 4 :, -side // 4 :, 2] = 0.007  # a little more in one corner than elsewhere
-        maps[:, :, : side // 2, 1] = 0.02
-        maps[:, :, side // 2 :, 3] = 0.02
-        maps[:, : side // 2, :, 1:4] /= 10  # the rest goes to the start: the words' shares of what is left stay
-        return probe.LayerRecord(torch.zeros(1, 1), torch.zeros(1, 1), maps.flatten(1, 2))
-
-    monkeypatch.setattr(probe.Probe, "_record", record)
-    dog, and_, cat = explain.word_maps(matcher._scorer, IMAGES[0], "dog and cat").maps
-    half = PIXELS // 2
-    assert dog[:, : half - 3].min() > 0.6
-    assert cat[:, half + 3 :].min() > 0.6
-    assert dog[:, half + 3 :].max() < 0.1
-    assert cat[:, : half - 3].max() < 0.1
-    # what a word gets everywhere stays dark
-    assert and_[-2:, -2:].min() > 0.8
-    assert and_[: half - 3].max() < 0.1
-
-
-def test_explanation_leaves_the_model_alone(matcher: Matcher) -> None:
-    before = matcher.score(IMAGES[0], "cat").scores
-    matcher.explain(IMAGES[0], "cat")
-    scorer = Scorer(matcher.backbone, matcher.score_config)
-    assert scorer.predict([(IMAGES[0], "cat")]) == pytest.approx(before[0], abs=1e-5)
-    hooks = [h for m in matcher.backbone.denoiser.modules() for h in m._forward_hooks]
-    assert hooks == []
-
-
-@pytest.mark.parametrize(("image", "text", "error"), [(IMAGES[0], " ", TextError), ("none.png", "cat", ImageError)])
-def test_explanations_that_cannot_be(matcher: Matcher, image: Any, text: str, error: type[Exception]) -> None:
-    with pytest.raises(error, match="expected"):
-        matcher.explain(image, text)

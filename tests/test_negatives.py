@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsd.negatives import Swaps
 from dsd.tasks.world import draw
 from dsd.tiny import world
-from dsd.tiny.captions import _PLACE_WORDS, _RELATION_WORDS, NUMBERS, Claim, Phrase, holds, sample_claim, say
+from dsd.tiny.captions import NUMBERS, PLACE_WORDS, RELATION_WORDS, Claim, Phrase, holds, sample_claim, say
 from dsd.tiny.world import Scene
 
 POOL = (
@@ -149,8 +149,8 @@ SLOTS = {
     **dict.fromkeys(world.SIZES, "size"), **dict.fromkeys(world.FILLS, "fill"),
     **dict.fromkeys(world.COLOURS, "colour"), **dict.fromkeys(world.SHAPES, "shape"),
 }  # fmt: skip
-RELATIONS = {said: relation for relation, ways in _RELATION_WORDS.items() for said in ways}
-PLACES = {said: place for place, ways in _PLACE_WORDS.items() for said in ways}
+RELATIONS = {said: relation for relation, ways in RELATION_WORDS.items() for said in ways}
+PLACES = {said: place for place, ways in PLACE_WORDS.items() for said in ways}
 _RELATION = re.compile(rf" (?:is |are )?({'|'.join(sorted(RELATIONS, key=len, reverse=True))}) ")
 _PLACE = re.compile(rf" (?:is |are )?({'|'.join(PLACES)})$")
 

@@ -15,6 +15,7 @@ from PIL import Image
 from dsd import report
 from dsd.contracts import Example, OptionError, Ranked
 from dsd.images import load_image
+from dsd.pictures import overlay
 from dsd.report import (
     Comparison,
     CurvePoint,
@@ -25,7 +26,6 @@ from dsd.report import (
     demo_report,
     format_interval,
     learning_curve_chart,
-    overlay,
     reliability_diagram,
     table,
 )

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsd.client import Client
     from dsd.contracts import DsdError, Example, ScoreTable
     from dsd.images import load_image
     from dsd.matcher import Matcher
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = ["DsdError", "Example", "Matcher", "ScoreTable", "__version__", "load_image", "read_manifest"]
+__all__ = ["Client", "DsdError", "Example", "Matcher", "ScoreTable", "__version__", "load_image", "read_manifest"]
 
 # A name here must not be the name of a submodule too: importing that submodule would replace it.
 _HOMES = {
+    "Client": "dsd.client",
     "DsdError": "dsd.contracts",
     "Example": "dsd.contracts",
     "Matcher": "dsd.matcher",

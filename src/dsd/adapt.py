@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FitConfig", "fit"]
 
+_RATIOS = tuple(np.geomspace(1 / 8, 8, 13))
+"""Weights that are tried of a zero-shot score beside what was learned, in units of their spread."""
+
 SOFT_TOKENS = 8
 """How many soft tokens are learned where the configuration of the prompts does not say."""
 
@@ -201,6 +204,8 @@ class _Gradient:
         self.base = fingerprint(scorer.backbone)
         self.start = self.zero
         """The score that is taught."""
+        self.apart = config.mix is None and self.zero.kind == "denoising" and not config.pieces & {"heads", "weights"}
+        """Whether attention is taught by itself, and the zero-shot score added as it is without prompts."""
 
     def _terms(self) -> dict[str, float]:
         """What is taught, each score by itself."""
@@ -208,6 +213,22 @@ class _Gradient:
         if mix is None:
             mix = ("attention",) if self.zero.kind == "denoising" else ()
         return {**dict.fromkeys(mix, 1.0), **self.zero.terms}
+
+    def _taught(self, examples: Sequence[Example]) -> ScoreConfig:
+        """The score that is taught."""
+        if not self.apart:
+            return self._mixed(examples)
+        # attention needs fewer passes; noise that was given has to do for both
+        fewer = slice(None, None, 1 if self.scorer.noise_was_given else 2)
+        return replace(self.zero, kind="attention", timesteps=self.zero.timesteps[fewer])
+
+    def _joined(self, jury: Jury, before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, float]:
+        """Held-out scores of what was learned, with the zero-shot ones added if they are to be, and their weight."""
+        if not self.apart:
+            return now, 0.0
+        unit = jury.spread(now) / jury.spread(before)
+        weight = min((r * unit for r in _RATIOS), key=lambda w: float(jury.judge(now + w * before).loss.mean()))
+        return now + weight * before, weight
 
     def _mixed(self, examples: Sequence[Example]) -> ScoreConfig:
         """The score that is taught: further scores count as much as the scorer's own, in units of their spread."""
@@ -239,7 +260,7 @@ class _Gradient:
         )
         # in one order, whether it was stopped or not: what is encoded together decides the last bit
         self.scorer.latents([image for turn in turns for e in (*turn.examples, *turn.held_out) for image in e.images])
-        self.start = self._mixed([e for turn in turns for e in (*turn.examples, *turn.held_out)])
+        self.start = self._taught([e for turn in turns for e in (*turn.examples, *turn.held_out)])
         trails: list[Trail] = []
         going: dict[str, Any] | None = None  # what the last of the trails goes on from
         if resume and self.keeper is not None and self.keeper.exists():
@@ -259,6 +280,8 @@ class _Gradient:
                 going = None if k == len(trails) - 1 else going
             looks = min(len(trail.steps) for trail in trails[: len(turns)])
             scores = [torch.cat([t.scores[i] for t in trails[: len(turns)]]).numpy() for i in range(looks)]
+            joined = [(scores[0], 0.0), *(self._joined(jury, scores[0], s) for s in scores[1:])]
+            scores = [s for s, _ in joined]
             judged = [jury.judge(s) for s in scores]
             best = max(range(looks), key=lambda i: judged[i].rank)
             if not judged[best].beats(judged[0]):
@@ -283,7 +306,7 @@ class _Gradient:
             "calibration": jury.calibration(scores[best], judged[best].scale),
             "curve": [_point(trails[: len(turns)], i, judged[i]) for i in range(looks)],
         }
-        return self._adapter(learned, judged[best].scale, training), parts
+        return self._adapter(learned, joined[best][1], judged[best].scale, training), parts
 
     def _run(
         self,
@@ -331,14 +354,21 @@ class _Gradient:
                     bar.set_postfix(accuracy=f"{accuracy:.3f}")
 
             bar.update(learner.done)
-            learn(learner, turn.held_out, steps, trails[k], keep=keep, tick=tick)
+            held_out = Jury(turn.held_out)
+
+            def join(before: np.ndarray, now: np.ndarray) -> np.ndarray:
+                return self._joined(held_out, before, now)[0]
+
+            learn(learner, held_out, steps, trails[k], join=join, keep=keep, tick=tick)
             bar.update(steps - learner.done)
             return learner.learned()
         finally:
             prompts.detach(denoiser)
             scorer.use(self.zero)
 
-    def _adapter(self, learned: dict[str, Tensor], scale: float, training: dict[str, Any]) -> Adapter:
+    def _adapter(
+        self, learned: dict[str, Tensor], bare_weight: float, scale: float, training: dict[str, Any]
+    ) -> Adapter:
         """Gives the scorer what was learned; nothing if it is empty."""
         weights = learned.pop(WEIGHTS, None)
         placed = self.prompt if learned else None
@@ -346,6 +376,8 @@ class _Gradient:
             prompts.attach(self.scorer.backbone.denoiser, placed)
             prompts.load_state(self.scorer.backbone.denoiser, learned)
         score, names = self.start if learned else self.zero, None
+        if learned and self.apart:
+            score = replace(self.start, bare=self.zero, bare_weight=bare_weight)
         if weights is not None and self.features is not None:
             score = replace(self.start, kind=WEIGHTED, layers=self.features.layers, weights=None)
             names = self.features.names

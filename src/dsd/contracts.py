@@ -54,6 +54,10 @@ class OptionError(DsdError):
     """An option outside what it may be."""
 
 
+class ServiceError(DsdError):
+    """A server that cannot be reached, is busy or stopping, or refuses who asks."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One question to a matcher: which of these images and texts belong together?

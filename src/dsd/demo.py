@@ -13,6 +13,7 @@ from dsd.contracts import Example, OptionError
 from dsd.evaluate import Result, evaluate, write_text
 from dsd.learn import FitConfig
 from dsd.matcher import Matcher
+from dsd.pages import save
 from dsd.report import (
     Comparison,
     HeldOut,
@@ -22,7 +23,6 @@ from dsd.report import (
     demo_report,
     format_interval,
     table,
-    word_sheet,
 )
 from dsd.scores import ScoreConfig
 from dsd.tasks import world_task
@@ -90,7 +90,7 @@ def run(out: str, *, shots: int = 128, held_out: int = 200, seed: int = 0) -> No
     _say("5. See where each word is found")
     found = judge.explain(picture, texts[0])
     shown = [(w, m) for w, m in zip(found.words, found.maps, strict=True) if w not in ("a", "an", "of", "to", "the")]
-    word_sheet(folder / "words.png", picture, shown)
+    save(found, folder / "words.png")
 
     assert judge.adapter is not None
     training = judge.adapter.training

@@ -527,7 +527,9 @@ def write_bytes(path: str | PathLike[str], data: bytes) -> None:
         with suppress(OSError):
             part.unlink(missing_ok=True)
         reason = error.strerror or error
-        raise OptionError(f"{path}: got a path that cannot be written ({reason}); choose another") from None
+        raise OptionError(
+            f"{path}: got a path that cannot be written ({reason}), expected one for a new file; choose another"
+        ) from None
 
 
 def installed_versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,23 @@ def load_image(image: ImageInput, *, max_pixels: int = 100_000_000) -> Image.Ima
     if isinstance(image, str | PathLike):
         return _from_path(image, max_pixels)
     raise ImageError(f"got a {type(image).__name__}, expected a path, PIL image or uint8 array (h, w, 3); convert it")
+
+
+def decode_image(data: bytes, *, name: str = "image", max_pixels: int = 100_000_000) -> Image.Image:
+    """As :func:`load_image`, of a file's bytes.
+
+    Args:
+        data: A whole file.
+        name: What errors call it.
+        max_pixels: The largest width x height read, checked before decoding.
+
+    Raises:
+        ImageError: The image is empty, broken, too large or of another kind.
+    """
+    if not data:
+        raise ImageError(f"{name}: got an empty file, expected an image ({_KINDS})")
+    with _one_line(name), Image.open(BytesIO(data), formats=FORMATS) as image:
+        return _rgb(image, name, max_pixels)
 
 
 def resize_crop(image: Image.Image, size: int) -> Image.Image:

@@ -56,8 +56,10 @@ class FitConfig:
     Attributes:
         method: What is learned; see :mod:`dsd.adapt`. ``weights`` alone heeds the negatives, ``draws``, ``folds`` and
             ``seed``, and nothing else.
-        mix: Scores that are taught along with the scorer's own, each in units of its spread. None: ``attention`` along
-            with ``denoising``, which is the best zero-shot but learns little by itself; nothing along with others.
+        mix: Scores that are taught along with the scorer's own in the same passes, each in units of its spread. None:
+            nothing, but instead of ``denoising``, which is the best zero-shot but learns little, ``attention`` is
+            taught, and the denoising score of the model without prompts is added, in passes of its own, with the
+            weight that held-out examples give it. (With ``heads`` or ``weights``: ``attention`` along with it.)
         objective: ``hinge`` on the hardest negative (He et al. 2023) or ``softmax`` over candidates.
         margin: Of the hinge, in units of the score's spread on the first batch.
         temperature: Of the softmax, in the same units.
@@ -540,10 +542,11 @@ def held_out_scores(scorer: Scorer, jury: Jury, team: Team) -> Tensor:
 
 def learn(
     learner: Learner,
-    held_out: Sequence[Example],
+    jury: Jury,
     steps: int,
     trail: Trail,
     *,
+    join: Callable[[np.ndarray, np.ndarray], np.ndarray],
     keep: Callable[[], None],
     tick: Callable[[float | None], None],
 ) -> None:
@@ -551,23 +554,24 @@ def learn(
 
     Args:
         learner: Where it starts, or goes on.
-        held_out: To look at; without any, there are no looks, and it takes all steps.
+        jury: Of the examples to look at; without any, there are no looks, and it takes all steps.
         steps: At most.
         trail: Of the looks so far, the first before learning; is added to.
+        join: Of held-out scores before learning and now, what is judged.
         keep: Called where the state of learning is worth keeping.
         tick: Called after every step, with the latest held-out accuracy.
     """
     config = learner.config
-    jury = Jury(held_out)
-    ranks = [jury.judge(s.numpy()).rank for s in trail.scores]
+    before = trail.scores[0].numpy() if trail.scores else np.zeros(0)
+    ranks = [jury.judge(join(before, s.numpy()) if i else before).rank for i, s in enumerate(trail.scores)]
     losses: list[float] = []
     while learner.done < steps and (not ranks or len(ranks) - 1 - ranks.index(max(ranks)) < config.patience):
         losses.append(learner.step())
         if learner.done % config.check_every == 0 or learner.done == steps:
-            if held_out:
+            if jury.examples:
                 scores = held_out_scores(learner.scorer, jury, learner.team)
                 trail.add(learner.done, float(np.mean(losses)), scores, learner.learned())
-                ranks.append(jury.judge(scores.numpy()).rank)
+                ranks.append(jury.judge(join(before, scores.numpy())).rank)
                 losses.clear()
             keep()
         tick(ranks[-1][0] if ranks else None)

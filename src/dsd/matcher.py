@@ -34,7 +34,8 @@ from dsd.contracts import (
     ScoreTable,
     image_name,
 )
-from dsd.explain import WordMaps, word_maps
+from dsd.explain import compare_images, compare_texts, explain
+from dsd.explanation import ExplainConfig, Explanation, ImageDifference, TextDifference
 from dsd.learn import FitConfig
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
@@ -78,6 +79,8 @@ class Matcher:
         score = score or _default_score(backbone)
         # weights belong to a lesson, and are learned from the denoising score on
         self._first_score = replace(score, kind="denoising", layers=None) if score.kind == WEIGHTED else score
+        if score.bare is not None:
+            self._first_score = score.bare
         self._noise = None if noise is None else hashlib.blake2b(np.asarray(noise).tobytes(), digest_size=16)
         try:
             weights = None
@@ -145,7 +148,7 @@ class Matcher:
         elif loaded is not None and score in (None, loaded.score.kind):
             config = loaded.score
         elif loaded is not None:
-            config = replace(loaded.score, kind=str(score), weights=None, layers=None)
+            config = replace(loaded.score, kind=str(score), weights=None, layers=None, bare=None)
         else:
             config = _default_score(backbone, score or "denoising")
         if timesteps is not None:
@@ -153,7 +156,8 @@ class Matcher:
         if layers is not None:
             config = replace(config, layers=tuple(layers))
         if seed is not None:
-            config = replace(config, seed=seed)
+            bare = None if config.bare is None else replace(config.bare, seed=seed)
+            config = replace(config, seed=seed, bare=bare)
         return cls(backbone, config, adapter=loaded, size=size, batch_size=batch_size, noise=noise)
 
     @property
@@ -336,9 +340,31 @@ class Matcher:
 
     # Understanding
 
-    def explain(self, image: ImageInput, text: str) -> WordMaps:
-        """Where in the image each word of a caption is seen; see :func:`dsd.explain.word_maps`."""
-        return word_maps(self._scorer, image, text)
+    def explain(
+        self,
+        image: ImageInput,
+        text: str,
+        *,
+        config: ExplainConfig | None = None,
+        phrases: Sequence[str] | None = None,
+    ) -> Explanation:
+        """Where in the image each word and phrase of a caption is seen, and what the score is made of.
+
+        See :func:`dsd.explain.explain`.
+        """
+        return explain(self._scorer, image, text, config=config, phrases=phrases)
+
+    def compare_texts(
+        self, image: ImageInput, text_a: str, text_b: str, *, config: ExplainConfig | None = None
+    ) -> TextDifference:
+        """Where two captions of one image disagree, and which words decide; see :func:`dsd.explain.compare_texts`."""
+        return compare_texts(self._scorer, image, text_a, text_b, config=config)
+
+    def compare_images(
+        self, text: str, image_a: ImageInput, image_b: ImageInput, *, config: ExplainConfig | None = None
+    ) -> ImageDifference:
+        """Why a caption fits one image better than another; see :func:`dsd.explain.compare_images`."""
+        return compare_images(self._scorer, text, image_a, image_b, config=config)
 
 
 def _default_score(backbone: Backbone, kind: str = "denoising") -> ScoreConfig:

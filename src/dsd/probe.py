@@ -214,10 +214,11 @@ class Probe:
         mask: (n, tokens), the tokens that the denoiser attends to; None: all.
         direction: Whose queries are looked at.
         maps: Keep attention maps too (positions x tokens a row and layer).
+        heads: Which of each layer's heads the maps are averaged over; None takes all.
 
     Raises:
         ModelError: If the denoiser does not attend to text.
-        OptionError: If a layer's name is unknown, or it has no logits in this direction.
+        OptionError: If a layer's name is unknown, or it has no such head, or no logits in this direction.
 
     A pass raises ModelError if a layer computes its attention in a way that cannot be followed.
     """
@@ -234,6 +235,7 @@ class Probe:
         *,
         direction: Direction = "image",
         maps: bool = False,
+        heads: Sequence[int] | None = None,
     ) -> None:
         known = cross_attention_layers(denoiser)
         unknown = [name for name in layers if name not in known]
@@ -245,6 +247,10 @@ class Probe:
         self._mask = mask
         self._direction = direction
         self._maps = maps
+        few = min((layer.heads for layer in self._layers.values()), default=1)
+        if heads is not None and not all(0 <= h < few for h in heads):
+            raise OptionError(f"got heads {list(heads)}, expected some of 0 to {few - 1}, which every chosen layer has")
+        self._heads = slice(None) if heads is None else list(heads)
         self._heard: dict[str, dict[str, Any]] = {}
         self._records: dict[str, LayerRecord] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -352,7 +358,7 @@ class Probe:
         own, seen = self._in_slices(pool, key, query) / query.shape[2]
         maps = None
         if self._maps:
-            maps = self._seen(query @ key.transpose(-1, -2)).softmax(-1).mean(1)
+            maps = self._seen(query @ key.transpose(-1, -2))[:, self._heads].softmax(-1).mean(1)
         return LayerRecord(own, seen, maps)
 
     def _of_text(self, parts: Mapping[str, Tensor]) -> LayerRecord:
@@ -369,7 +375,7 @@ class Probe:
         own, seen = self._in_slices(pool, keys, query, share)
         maps = None
         if self._maps:
-            maps = (query @ parts["key"].transpose(-1, -2)).softmax(-1).mean(1).transpose(1, 2)
+            maps = (query @ parts["key"].transpose(-1, -2))[:, self._heads].softmax(-1).mean(1).transpose(1, 2)
         return LayerRecord(own, seen, maps)
 
     def _seen(self, logits: Float[Tensor, "n heads queries keys"]) -> Float[Tensor, "n heads queries keys"]:

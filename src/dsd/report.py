@@ -23,6 +23,7 @@ from dsd.contracts import Example, ImageInput, OptionError, Ranked
 from dsd.evaluate import Metric, write_text
 from dsd.images import load_image
 from dsd.metrics import wins
+from dsd.pictures import HEAT, overlay
 
 TITLE = "Asking a picture-drawing model which caption fits"
 SUMMARY = (
@@ -31,9 +32,6 @@ SUMMARY = (
     "labelled examples while the model itself stays frozen. This page shows what the scores say, and what the "
     "learning changes on scenes it has never seen."
 )
-
-_HEAT = ("#000004", "#1d1147", "#51127c", "#822681", "#b63679", "#e65164", "#fb8861", "#fec287", "#fcfdbf")
-"""Anchors of a colour map of even steps in lightness, from dark to light."""
 
 _LARGEST = 512
 _PIXELATED = 128
@@ -117,40 +115,6 @@ def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
     )
 
 
-def overlay(image: ImageInput, heat: np.ndarray, alpha: float = 0.75) -> Image.Image:
-    """A picture under a heat map, at the picture's size.
-
-    The map is enlarged smoothly and scaled to its own range, dark for its lowest value and light for its highest; a
-    flat map is dark throughout, and so is NaN. The picture shows through in grey, so that all colour is heat.
-
-    Args:
-        image: Any picture.
-        heat: (h, w) float, higher is more.
-        alpha: Opacity of the highest heat, 0..1; the lowest has a third of it.
-
-    Raises:
-        OptionError: ``heat`` is no map, or ``alpha`` lies outside 0..1.
-    """
-    values = np.asarray(heat, np.float32)
-    if values.ndim != 2 or not values.size:
-        raise OptionError(f"got a heat map of shape {values.shape}, expected (h, w); pass one map")
-    if not 0 <= alpha <= 1:
-        raise OptionError(f"got alpha {alpha}, expected 0..1")
-    picture = load_image(image)
-    known = np.isfinite(values)
-    low, high = (values[known].min(), values[known].max()) if known.any() else (0.0, 0.0)
-    share = np.where(known, values - low, 0) / (high - low) if high > low else np.zeros_like(values)
-    smooth = Image.fromarray(share.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)
-    anchors = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in _HEAT], float)
-    steps = np.linspace(0, 1, len(anchors))
-    level = np.asarray(smooth).clip(0, 1)
-    colour = np.stack([np.interp(level, steps, channel) for channel in anchors.T], -1)
-    grey = np.asarray(picture.convert("L"), float)[..., None]
-    # thinner where there is little, or dark scenes drown
-    opacity = alpha * (0.35 + 0.65 * level)[..., None]
-    return Image.fromarray((opacity * colour + (1 - opacity) * grey).round().astype(np.uint8))
-
-
 def demo_report(
     path: str | PathLike[str],
     *,
@@ -196,7 +160,7 @@ def demo_report(
         training=training,
         curves=[] if training is None else [_curve(name, points) for name, points in training.curves.items() if points],
         settings=settings,
-        heat=", ".join(_HEAT),
+        heat=", ".join(HEAT),
     )
     write_text(path, html)
 
@@ -331,34 +295,6 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(s * size for s in (0.25, 0.5, 1.0, 2.0, 2.5) if (high - low) / (s * size) <= 4)
     start, end = math.floor(low / step), math.ceil(high / step)
     return [round(k * step, 12) for k in range(start, end + 1)]
-
-
-def word_sheet(path: str | PathLike[str], image: ImageInput, words: Sequence[tuple[str, np.ndarray]]) -> None:
-    """Draws a picture and its word-by-region maps side by side, each with its word below, as a PNG.
-
-    Args:
-        path: Where to; folders are made as needed.
-        image: The picture.
-        words: Words and their (h, w) float maps, higher is more.
-
-    Raises:
-        OptionError: The file cannot be written.
-    """
-    side, margin, line = 192, 12, 26
-    picture = load_image(image)
-    grown = picture.resize((side, side), Image.Resampling.NEAREST if picture.width < side else Image.Resampling.BICUBIC)
-    tiles = [("", grown), *((word, overlay(grown, heat)) for word, heat in words)]
-    columns = min(len(tiles), 6)
-    rows = -(-len(tiles) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (side + margin) + margin, rows * (side + margin + line) + margin), (255, 255, 255)
-    )
-    draw = ImageDraw.Draw(sheet)
-    for i, (word, tile) in enumerate(tiles):
-        x, y = margin + i % columns * (side + margin), margin + i // columns * (side + margin + line)
-        sheet.paste(tile, (x, y))
-        draw.text((x + side / 2, y + side + 5), word, fill=(20, 20, 20), anchor="mt", font_size=17)
-    _save_png(path, sheet)
 
 
 def learning_curve_chart(

@@ -9,10 +9,11 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from dsd import prompts
 from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import DsdError, ImageInput, ModelError, OptionError, Pair, TextError, batched
 from dsd.images import content_hash, load_image, resize_crop
@@ -92,17 +93,27 @@ class Scorer:
     def use(self, config: ScoreConfig, weights: Tensor | None = None) -> None:
         """Changes the score; encoded images and captions are kept."""
         self.score = Score(self.backbone, config, weights)
+        self.noise = self._noise_of(config)
+        self._bare = None if config.bare is None else Score(self.backbone, config.bare)
+        self._bare_noise = None if config.bare is None else self._noise_of(config.bare)
+
+    @property
+    def noise_was_given(self) -> bool:
+        """Whether the noise was given, rather than drawn from the score's seed."""
+        return self._given is not None
+
+    def _noise_of(self, config: ScoreConfig) -> Float[Tensor, "t c h w"]:
+        """The noise of a score's passes."""
         shape = (len(config.timesteps), *self.backbone.latent_shape(self.size))
         if self._given is None:
-            self.noise = common_noise(shape[1:], shape[0], config.seed).to(self.backbone.device)
-            return
+            return common_noise(shape[1:], shape[0], config.seed).to(self.backbone.device)
         given = np.asarray(self._given)
         if given.shape != shape or not np.issubdtype(given.dtype, np.floating) or not np.isfinite(given).all():
             raise OptionError(
                 f"got noise of shape {given.shape} and type {given.dtype}, expected finite floats of shape {shape} "
                 "(timesteps, channels, height, width)"
             )
-        self.noise = torch.from_numpy(given.astype(np.float32)).to(self.backbone.device)
+        return torch.from_numpy(given.astype(np.float32)).to(self.backbone.device)
 
     # Encoding, once
 
@@ -160,16 +171,19 @@ class Scorer:
         """
         for _, text in pairs:
             check_text(text)
-        steps = len(self.score.config.timesteps)
-        parts: dict[str, list[np.ndarray]] = {kind: [] for kind in self.score.terms}
-        with tqdm(total=len(pairs) * steps, desc="scoring", unit="pass", disable=not progress) as bar:
+        config = self.score.config
+        weights = dict(self.score.terms)
+        if self._bare is not None:
+            weights |= {f"bare {kind}": config.bare_weight * weight for kind, weight in self._bare.terms.items()}
+        parts: dict[str, list[np.ndarray]] = {kind: [] for kind in weights}
+        with tqdm(total=len(pairs) * config.passes, desc="scoring", unit="pass", disable=not progress) as bar:
             for chunk in batched(pairs, self.CHUNK):
                 for kind, values in self._chunk(chunk, bar).items():
                     parts[kind].append(values)
         table = {k: np.concatenate(v) if v else np.zeros(0, np.float32) for k, v in parts.items()}
         total = np.zeros(len(pairs), np.float32)
         for kind, values in table.items():
-            total += np.float32(self.score.terms[kind]) * values
+            total += np.float32(weights[kind]) * values
         self._check_finite(pairs, np.isfinite(total))
         return total, table
 
@@ -197,9 +211,77 @@ class Scorer:
                     def take(index: list[int], step: Tensor, made: Pass, empty: Pass | None, rows: Any = rows) -> None:
                         rows[index, step.cpu().numpy()] = features(made, empty).cpu().numpy()
 
-                    self._passes(pairs[start : start + self.CHUNK], features, noise, take, bar)
+                    self._passes(pairs[start : start + self.CHUNK], features, config.timesteps, noise, take, bar)
         self._check_finite(pairs, np.asarray(np.isfinite(found).all((0, 2, 3))))
         return found
+
+    # Understanding
+
+    def shares(self, image: ImageInput, text: str) -> dict[str, dict[int, float]]:
+        """A pair's score split by layer (and ``denoising``, and that of the bare model) and timestep; parts sum to it.
+
+        Raises:
+            ImageError, TextError: If the image or the caption cannot be scored.
+        """
+        check_text(text)
+        found: dict[str, dict[int, float]] = {}
+
+        def split(score: Score, noise: Tensor, prefix: str, weight: float) -> None:
+            times = score.config.timesteps
+
+            def take(_index: list[int], step: Tensor, made: Pass, empty: Pass | None) -> None:
+                for name, values in score.by_layer(made, empty, step).items():
+                    part = found.setdefault(prefix + name, dict.fromkeys(times, 0.0))
+                    for k, value in zip(step.tolist(), values.double().tolist(), strict=True):
+                        part[times[k]] += weight * value / len(times)
+
+            with tqdm(disable=True) as bar:
+                self._passes([(image, text)], score, times, noise, take, bar)
+
+        split(self.score, self.noise, "", 1.0)
+        if self._bare is not None and self._bare_noise is not None:
+            with prompts.disabled(self.backbone.denoiser):
+                split(self._bare, self._bare_noise, "bare ", self.score.config.bare_weight)
+        return found
+
+    @torch.no_grad()
+    def errors(
+        self, latent: Float[Tensor, "c h w"], text: str, timesteps: Int[Tensor, " n"], noise: Latents
+    ) -> Latents:
+        """What the denoiser gets wrong of the noise under one picture given a caption: ``e - eps(z_t, t, c)``.
+
+        Args:
+            latent: Of the picture.
+            text: The caption; "" is the empty one.
+            timesteps: One a row.
+            noise: (n, c, h, w), one a row.
+
+        Returns:
+            (n, c, h, w) float32.
+        """
+        (states,) = self.texts([text])
+        steps = timesteps.to(self.backbone.device)
+        made: list[Tensor] = []
+
+        def run(at: slice) -> None:
+            e, t = noise[at], steps[at]
+            found = noised_pass(self.backbone, latent[None].expand_as(e), e, t, states.select([0] * len(t)))
+            made.append(found.noise - found.predicted)
+
+        self.in_parts(len(steps), run)
+        return torch.cat(made)
+
+    def in_parts(self, rows: int, run: Callable[[slice], None]) -> None:
+        """Calls ``run`` with consecutive slices of so many rows that fit the memory."""
+        done = 0
+
+        def part(count: int) -> None:
+            nonlocal done
+            run(slice(done, min(done + count, rows)))
+            done += count
+
+        while done < rows:
+            self._fit_memory(part)
 
     def _check_finite(self, pairs: Sequence[Pair], finite: np.ndarray) -> None:
         if not finite.all():
@@ -210,21 +292,31 @@ class Scorer:
             )
 
     def _chunk(self, pairs: Sequence[Pair], bar: Any) -> dict[str, np.ndarray]:
-        count = len(self.score.config.timesteps)
-        sums = {kind: torch.zeros(len(pairs), dtype=torch.float64) for kind in self.score.terms}
+        found = self._terms(pairs, self.score, self.noise, bar)
+        if self._bare is not None and self._bare_noise is not None:
+            with prompts.disabled(self.backbone.denoiser):
+                bare = self._terms(pairs, self._bare, self._bare_noise, bar)
+            found |= {f"bare {kind}": values for kind, values in bare.items()}
+        return found
+
+    def _terms(self, pairs: Sequence[Pair], score: Score, noise: Tensor, bar: Any) -> dict[str, np.ndarray]:
+        """The terms of a score, means over its timesteps: (n,) float32 a name."""
+        timesteps = score.config.timesteps
+        sums = {kind: torch.zeros(len(pairs), dtype=torch.float64) for kind in score.terms}
 
         def take(index: list[int], step: Tensor, made: Pass, empty: Pass | None) -> None:
-            for kind, values in self.score.parts(made, empty, step).items():
+            for kind, values in score.parts(made, empty, step).items():
                 sums[kind].index_add_(0, torch.tensor(index), values.double().cpu())
 
-        self._passes(pairs, self.score, self.noise, take, bar)
-        return {kind: (total / count).float().numpy() for kind, total in sums.items()}
+        self._passes(pairs, score, timesteps, noise, take, bar)
+        return {kind: (total / len(timesteps)).float().numpy() for kind, total in sums.items()}
 
     @torch.no_grad()
     def _passes(
         self,
         pairs: Sequence[Pair],
         what: Score | Measured,
+        times: Sequence[int],
         noise: Tensor,
         take: Callable[[list[int], Tensor, Pass, Pass | None], None],
         bar: Any,
@@ -240,7 +332,7 @@ class Scorer:
         image_of = [places[_identity(image)] for image, _ in pairs]
         latents = self.latents(images)
         texts = self.texts([text for _, text in pairs])
-        timesteps = torch.tensor(self.score.config.timesteps, device=self.backbone.device)
+        timesteps = torch.tensor(times, device=self.backbone.device)
         count = len(timesteps)
         empty = self._empty_passes(latents, timesteps, what, noise)
 

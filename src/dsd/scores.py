@@ -165,6 +165,8 @@ class ScoreConfig:
         seed: Decides the noise, which is the same for all candidates.
         direction: Whose queries attention is scored by: ``image`` positions, or the ``text``, which asks in joint
             attention alone (SD 3, FLUX); see :class:`dsd.probe.LayerRecord`.
+        bare: A score of the model without its prompts that is added, in passes of its own; None: nothing is.
+        bare_weight: What it is multiplied by.
     """
 
     kind: str = "denoising"
@@ -173,8 +175,12 @@ class ScoreConfig:
     weights: Mapping[str, float] | None = None
     seed: int = 0
     direction: Direction = "image"
+    bare: ScoreConfig | None = None
+    bare_weight: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.bare is not None and (self.bare.bare is not None or self.bare.kind == WEIGHTED):
+            raise OptionError(f"got {self.bare.kind!r} to add as it is without prompts, expected a zero-shot score")
         if self.direction not in get_args(Direction):
             raise OptionError(f"got direction {self.direction!r}, expected one of {', '.join(get_args(Direction))}")
         if self.kind not in (*SCORES, MIXTURE, WEIGHTED):
@@ -195,12 +201,32 @@ class ScoreConfig:
         """The scores that it is the sum of, and their weights."""
         return dict(self.weights or {self.kind: 1.0})
 
+    @property
+    def passes(self) -> int:
+        """Of the denoiser a pair, less those under the empty caption, which all captions of an image share."""
+        return len(self.timesteps) + (0 if self.bare is None else self.bare.passes)
+
+    @property
+    def empty_passes(self) -> int:
+        """Those under the empty caption, an image."""
+        own = self.kind == WEIGHTED or any(SCORES[kind].empty for kind in self.terms)
+        return own * len(self.timesteps) + (0 if self.bare is None else self.bare.empty_passes)
+
     def to_dict(self) -> dict[str, Any]:
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v is not None}
+        if self.direction == "image":  # what it was before there was a choice, and is in files of that time
+            del values["direction"]
+        if self.bare is None:
+            del values["bare_weight"]
+        else:
+            values["bare"] = self.bare.to_dict()
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ScoreConfig:
         known = dict(values)
+        if known.get("bare") is not None:
+            known["bare"] = cls.from_dict(known["bare"])
         for name in ("timesteps", "layers"):
             if known.get(name) is not None:
                 known[name] = tuple(known[name])
@@ -263,6 +289,13 @@ class Features:
         records = [caption.records[name] for name in self.layers]
         own, all_ = (torch.cat([getattr(r, what) for r in records], 1) for what in ("own", "all"))
         return torch.cat([own, own - all_, denoising(caption, empty)[:, None]], 1)
+
+    def by_layer(self, values: Float[Tensor, "n features"]) -> dict[str, Float[Tensor, " n"]]:
+        """Sums of weighted features over the heads of each layer, and ``denoising``."""
+        heads = sum(self._heads)
+        own, mass, rest = values.split([heads, heads, 1], 1)
+        of = (own + mass).split(self._heads, 1)
+        return {**{name: part.sum(1) for name, part in zip(self.layers, of, strict=True)}, "denoising": rest[:, 0]}
 
     def weights_of(self, terms: Mapping[str, float]) -> Float[Tensor, " features"]:
         """The weights that make a sum of scores, over the same layers.
@@ -366,8 +399,42 @@ class Score:
         parts = self.parts(caption, empty, steps)
         return torch.stack([self.terms[kind] * value for kind, value in parts.items()]).sum(0)
 
+    @property
+    def sees_noise(self) -> bool:
+        """Whether it depends on how well the noise is predicted, and not on attention alone."""
+        return self._features is not None or any(kind in ("denoising", "paper") for kind in self.terms)
+
+    def by_layer(
+        self, caption: Pass, empty: Pass | None, steps: Int[Tensor, " n"] | None = None
+    ) -> dict[str, Float[Tensor, " n"]]:
+        """The score split by what it looks at: of each probed layer its share, and of ``denoising``; they sum to it.
+
+        The attention scores are means over layers, so that a layer's share is its own mean over their number.
+        """
+        if self._features is not None and self.weights is not None:
+            assert steps is not None
+            return self._features.by_layer(self._features(caption, empty) * self.weights[steps])
+        shares: dict[str, Tensor] = {}
+        for kind, weight in self.terms.items():
+            for part in ("paper-attention", "denoising") if kind == "paper" else (kind,):
+                if part == "denoising":
+                    shares[part] = shares.get(part, 0) + weight * denoising(caption, empty)
+                    continue
+                names = self._layers[kind]
+                for name in names:
+                    alone = [None if p is None else _only(p, [name]) for p in (caption, empty)]
+                    assert alone[0] is not None
+                    value = SCORES[part].function(alone[0], alone[1]) / len(names)
+                    shares[name] = shares.get(name, 0) + weight * value
+        return shares
+
     def _view(self, kind: str, made: Pass | None) -> Any:
         """The pass with only the layers that a term looks at."""
         if made is None or kind not in self._layers or not made.records:
             return made
-        return Pass(made.noise, made.predicted, {name: made.records[name] for name in self._layers[kind]})
+        return _only(made, self._layers[kind])
+
+
+def _only(made: Pass, layers: Sequence[str]) -> Pass:
+    """A pass with the records of some of its layers."""
+    return Pass(made.noise, made.predicted, {name: made.records[name] for name in layers if name in made.records})

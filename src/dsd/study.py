@@ -40,7 +40,7 @@ MODEL = "tiny"
 MANY = 50
 """Passes a pair of the Diffusion Classifier; its evenly spaced timesteps are those of a sweep."""
 FEW = (50, 150, 250, 350, 500)
-"""Timesteps of what is taught: five passes a pair."""
+"""Timesteps of attention that is taught: five passes a pair."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,15 @@ class Lesson:
     """A few-shot method of ours.
 
     Attributes:
-        score: That is taught.
+        score: Where it starts from; ``denoising`` is joined by attention that is taught.
         config: How.
+        timesteps: Of the score.
         prompt: Where prompts go.
     """
 
     score: str
     config: FitConfig
+    timesteps: tuple[int, ...] = FEW
     prompt: PromptConfig = field(default_factory=PromptConfig)
 
 
@@ -62,8 +64,8 @@ _RUN = FitConfig(validation=0.25, check_every=20)
 """One run that is stopped by a quarter of the examples."""
 
 LESSONS: dict[str, Lesson] = {
+    "dsd prompt and denoising": Lesson("denoising", _RUN, (150, 250, 350)),
     "dsd prompt": Lesson("attention", _RUN),
-    "dsd prompt, attention + denoising": Lesson("denoising", _RUN),
     "dsd tokens": Lesson("attention", replace(_RUN, method="tokens")),
     "dsd heads": Lesson("attention", replace(_RUN, method="heads")),
     "dsd weights": Lesson("denoising", replace(_RUN, method="weights", draws=2)),
@@ -118,7 +120,7 @@ class StudyConfig:
 
 QUICK = StudyConfig(
     levels=("standard",),
-    methods=("dsd prompt", "dsd weights", "CLIP LoRA"),
+    methods=("dsd prompt and denoising", "dsd weights", "CLIP LoRA"),
     shots=(64,),
     held_out=60,
     passes=20,
@@ -208,7 +210,8 @@ def run(
 ) -> Study:
     """Makes the study in a folder, or goes on with one of the same grid that was stopped there.
 
-    A grid that grew (more methods, shots, seeds, tasks or levels) goes on too; what is there is not made again.
+    A grid that grew (more methods, shots, seeds, tasks or levels) goes on too; what is there is not made again. Lessons
+    of earlier grids in the folder, on the same tasks and levels, are part of the study.
 
     Args:
         out: The folder; measurements are kept in ``cells/`` of it.
@@ -235,13 +238,35 @@ def run(
         announce(f"{len(work) - len(left)} of {len(work)} measurements are there, {len(left)} are left")
     with tqdm(total=len(work), initial=len(work) - len(left), desc="study", disable=not progress) as bar:
         _share(folder, config, left, jobs, bar)
+    work += [item for item in _earlier(folder, config) if item not in work]
     found = {item: _kept(folder, config, item) or {} for item in work}
-    return Study(
+    cells = [_cell(found[item]["cell"]) for item in work if item[0] == "lesson"]
+    order = (*LESSONS, *RIVALS)
+    cells.sort(key=lambda c: (order.index(c.method), c.shots, c.seed))
+    whole = replace(
         config,
+        methods=tuple(dict.fromkeys(c.method for c in cells)),
+        shots=tuple(sorted({c.shots for c in cells})),
+        seeds=1 + max(c.seed for c in cells),
+    )
+    return Study(
+        whole,
         tuple(_place(found["sweep", *place], found["blind", *place]) for place in places),
-        tuple(_cell(found[item]["cell"]) for item in work if item[0] == "lesson"),
+        tuple(cells),
         sum(values["took"] for values in found.values()),
     )
+
+
+def _earlier(folder: Path, config: StudyConfig) -> list[tuple[Any, ...]]:
+    """Lessons in the folder that still hold, on tasks and levels of this grid."""
+    found = []
+    for path in sorted((folder / "cells").glob("lesson-*.json")):
+        cell = json.loads(path.read_text("utf-8"))["cell"]
+        item = ("lesson", cell["task"], cell["level"], cell["method"], cell["shots"], cell["seed"])
+        known = cell["task"] in config.tasks and cell["level"] in config.levels
+        if known and cell["method"] in (*LESSONS, *RIVALS) and _kept(folder, config, item) is not None:
+            found.append(item)
+    return found
 
 
 def _share(folder: Path, config: StudyConfig, left: Sequence[tuple[Any, ...]], jobs: int, bar: Any) -> None:
@@ -278,8 +303,7 @@ def _made_by(config: StudyConfig, item: Sequence[Any]) -> dict[str, Any]:
     if item[0] == "blind" or item[3] in RIVALS:
         return {"model": _digest("clip_weights")}
     lesson = LESSONS[item[3]]
-    how = {"config": asdict(lesson.config), "prompt": asdict(lesson.prompt), "timesteps": FEW}
-    return {"model": _digest("weights"), "score": lesson.score, **how, "max_steps": config.max_steps}
+    return {"model": _digest("weights"), **asdict(lesson), "max_steps": config.max_steps}
 
 
 @cache
@@ -422,7 +446,7 @@ def _learn(
         made = outcomes_of(task, examples, result.scores)
         return {"cell": asdict(Cell(method, task, level, shots, seed, tuple(map(float, made)), 0, seconds))}
     lesson = LESSONS[method]
-    matcher = Matcher(_backbone(), ScoreConfig(lesson.score, FEW))
+    matcher = Matcher(_backbone(), ScoreConfig(lesson.score, lesson.timesteps))
     fitting = replace(lesson.config, seed=seed)
     if config.max_steps is not None:
         fitting = replace(fitting, steps=config.max_steps)
@@ -432,14 +456,14 @@ def _learn(
         seconds = time.perf_counter() - start
         result = evaluate(matcher, examples)
         assert matcher.adapter is not None
-        training = matcher.adapter.training
+        training, passes = matcher.adapter.training, matcher.score_config.passes
     finally:
         matcher.forget()
     checkpoint.unlink(missing_ok=True)
     made = outcomes_of(task, examples, result.scores)
     error = training["calibration"]["error"]
     cell = Cell(
-        method, task, level, shots, seed, tuple(map(float, made)), len(FEW), seconds, bool(training["kept"]), error
+        method, task, level, shots, seed, tuple(map(float, made)), passes, seconds, bool(training["kept"]), error
     )
     return {"cell": asdict(cell)}
 

@@ -246,6 +246,11 @@ class LatentBackbone(Backbone):
         """What the denoiser predicts, for latents of its own type and timesteps as it is told them."""
 
 
+def upcast(vae: Any) -> Any:
+    """A VAE that overflows in float16, as its configuration says and SDXL's does, in float32; others as they are."""
+    return vae.float() if vae.dtype == torch.float16 and vae.config.get("force_upcast") else vae
+
+
 def check_channels(name: str, denoiser: Any, vae: Any, latent: int, out: int, family: str) -> None:
     """Refuses a denoiser that does not take and give such latents as the VAE makes.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsd.backbone.base import TextStates
-from dsd.backbone.latent import Diffusion, LatentBackbone, check_channels, check_width
+from dsd.backbone.latent import Diffusion, LatentBackbone, check_channels, check_width, upcast
 from dsd.backbone.text import check_vocabulary, t5_windows
 
 
@@ -37,7 +37,7 @@ class PixArtBackbone(LatentBackbone):
         config, family = transformer.config, "PixArt"
         super().__init__(
             name,
-            vae=vae,
+            vae=upcast(vae),
             denoiser=transformer,
             schedule=Diffusion(name, scheduler),
             encoders=(text_encoder,),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dsd.backbone.base import TextStates
-from dsd.backbone.latent import Diffusion, LatentBackbone, check_channels, check_width
+from dsd.backbone.latent import Diffusion, LatentBackbone, check_channels, check_width, upcast
 from dsd.backbone.stable_diffusion import guidance_embedding
 from dsd.backbone.text import clip_states, clip_window, clip_windows
 from dsd.contracts import ModelError
@@ -52,7 +52,7 @@ class StableDiffusionXLBackbone(LatentBackbone):
         force_zeros_for_empty_prompt: bool = True,
     ) -> None:
         schedule, encoders = Diffusion(name, scheduler), (text_encoder, text_encoder_2)
-        super().__init__(name, vae=vae, denoiser=unet, schedule=schedule, encoders=encoders)
+        super().__init__(name, vae=upcast(vae), denoiser=unet, schedule=schedule, encoders=encoders)
         self.text_encoder, self.text_encoder_2 = encoders
         self.tokenizer, self.tokenizer_2 = tokenizer, tokenizer_2
         family, config = "Stable Diffusion XL", unet.config

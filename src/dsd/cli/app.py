@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from dsd.cli import embedded, learning, measuring, models, scoring
+from dsd.cli import embedded, learning, measuring, models, scoring, serve
 from dsd.cli.options import Commands
 from dsd.contracts import DsdError
 
@@ -48,6 +48,6 @@ def _parser() -> argparse.ArgumentParser:
         prog="dsd", description="Match images and texts with a text-to-image diffusion model, zero-shot or taught."
     )
     commands = Commands(parser)
-    for group in (scoring, learning, measuring, models, embedded):
+    for group in (scoring, learning, measuring, models, embedded, serve):
         group.add(commands)
     return parser

@@ -27,8 +27,9 @@ from dsd.contracts import OptionError
 if TYPE_CHECKING:
     import numpy as np
 
-    from dsd.contracts import Example
+    from dsd.contracts import Example, ImageInput
     from dsd.evaluate import Result
+    from dsd.matcher import Matcher
     from dsd.scores import ScoreConfig
     from dsd.trial import Lesson
     from dsd.work import Cost
@@ -57,6 +58,12 @@ def add(commands: Commands) -> None:
         metavar="FILE.json|DIR",
         help="also save the whole result, scores included; into a folder with the scores as Parquet too, and part by "
         "part, so that the same command goes on where it was stopped",
+    )
+    evaluate.add_argument(
+        "--report", metavar="FILE.html", help="also show the worst and the closest examples; a folder for --out has it"
+    )
+    evaluate.add_argument(
+        "--failures", type=int, default=6, metavar="N", help="how many of each kind it shows (default: %(default)s)"
     )
     group = evaluate.add_argument_group("baselines")
     group.add_argument(
@@ -89,6 +96,10 @@ def _eval(a: argparse.Namespace) -> None:
     from dsd import trial
     from dsd.evaluate import check_parquet, claim, dataset_checksum, evaluate
 
+    if a.failures < 0:
+        raise OptionError(f"got --failures {a.failures}, expected 0 or more")
+    if a.report is not None and not a.report.endswith((".html", ".htm")):
+        raise OptionError(f"got --report {a.report}, expected a name that ends in .html")
     folder = None if a.out is None or a.out.endswith(".json") else a.out
     if folder is not None:
         check_parquet()
@@ -97,7 +108,7 @@ def _eval(a: argparse.Namespace) -> None:
     examples, credits, source = _examples(a)  # before the model, which may take long to load
     lesson = _few_shot(a, examples)
     if a.baseline is not None:
-        _finish(a, _eval_baseline(a, examples, credits, source, lesson, folder), folder)
+        _finish(a, _eval_baseline(a, examples, credits, source, lesson, folder), examples, folder)
         return
     if a.baseline_model is not None:
         raise OptionError("got --baseline-model without --baseline, expected both; --model names ours")
@@ -117,7 +128,7 @@ def _eval(a: argparse.Namespace) -> None:
         request=request,
         announce=lambda cost: _announce(cost, matcher.score_config),
     )
-    _finish(a, result, folder)
+    _finish(a, result, examples, folder, matcher)
 
 
 _OURS = ("model", "adapter", "score", "timesteps", "layers", "noise")
@@ -194,8 +205,14 @@ def _taught(made: Any, lesson: Lesson, folder: str | None, seed: int) -> Any:
     return made
 
 
-def _finish(a: argparse.Namespace, result: Result, folder: str | None) -> None:
-    """Saves a result where it was asked for, and prints it."""
+def _finish(
+    a: argparse.Namespace,
+    result: Result,
+    examples: Sequence[Example],
+    folder: str | None,
+    matcher: Matcher | None = None,
+) -> None:
+    """Saves a result where it was asked for, and prints it; a matcher of ours explains its failures."""
     from dsd.evaluate import SCORES
     from dsd.report import format_interval
 
@@ -203,6 +220,7 @@ def _finish(a: argparse.Namespace, result: Result, folder: str | None) -> None:
         result.save_scores(os.path.join(folder, SCORES))
     elif a.out is not None:
         result.save(a.out)
+    _report(a, folder, matcher, result, examples)
     if a.format == "json":
         values = result.to_dict()
         values.pop("examples")
@@ -218,6 +236,28 @@ def _finish(a: argparse.Namespace, result: Result, folder: str | None) -> None:
     print_table(rows, ("metric", "value [95 %]", "n"))
     if result.ties or result.nans:
         print(f"{result.ties} choices with a shared best score (each counts 1/k), {result.nans} scores that are NaN")
+
+
+def _report(
+    a: argparse.Namespace, folder: str | None, matcher: Matcher | None, result: Result, examples: Sequence[Example]
+) -> None:
+    """Writes the page of failures to wherever it is wanted."""
+    from dsd.evaluate import write_text
+    from dsd.explanation import ExplainConfig, Explanation
+    from dsd.pages import failure_page
+
+    paths = [path for path in (a.report, folder and os.path.join(folder, "report.html")) if path]
+    if not paths:
+        return
+    config = ExplainConfig(draws=2, words=False)
+
+    def explain(image: ImageInput, text: str) -> Explanation:
+        assert matcher is not None
+        return matcher.explain(image, text, config=config)
+
+    page = failure_page(result, examples, None if matcher is None else explain, count=a.failures)
+    for path in paths:
+        write_text(path, page)
 
 
 def _examples(a: argparse.Namespace) -> tuple[list[Example], list[np.ndarray | None] | None, dict[str, Any]]:
@@ -284,12 +324,7 @@ def _announce(cost: Cost, score: ScoreConfig | None) -> None:
         return
     passes = f"{cost.pairs:,} pairs to score"
     if score is not None:
-        from dsd.scores import SCORES, WEIGHTED
-
-        steps = len(score.timesteps)
-        # the empty caption's passes are shared by all captions of an image
-        empty = score.kind == WEIGHTED or any(SCORES[kind].empty for kind in score.weights or (score.kind,))
-        passes = f"about {steps * (cost.pairs + (cost.images if empty else 0)):,} denoiser passes"
+        passes = f"about {score.passes * cost.pairs + score.empty_passes * cost.images:,} denoiser passes"
     unit, size = next(((u, s) for u, s in (("h", 3600), ("min", 60)) if cost.seconds >= s), ("s", 1))
     time = f"{cost.seconds / size:,.{0 if cost.seconds >= 10 * size else 1}f} {unit}"
     done = f"{cost.done:,} of {cost.done + cost.pairs:,} pairs are done; left are "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Written out, for the lists live in modules that import torch; a test keeps them equal.
 SCORE_KINDS = ("attention", "attention-mass", "denoising", "paper", "paper-attention")
 WORLD_TASKS = ("comvg", "refcocog", "vqa", "winoground")
+MAPS = ("joint", "agreement", "evidence", "effect", "attention", "raw-attention")
 LEVELS = ("easy", "standard", "hard")
 SPLITS = ("few-shot", "val", "test")
 DTYPES = ("float32", "float16", "bfloat16")

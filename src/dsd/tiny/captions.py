@@ -17,8 +17,8 @@ from dsd.tiny.world import Scene, Thing, placed, related
 Slot = Literal["colour", "shape", "fill", "size", "relation", "count", "truth"]
 
 NUMBERS = ("no", "one", "two", "three", "four", "five")
-_PLURALS = {"cross": "crosses"}
-_RELATION_WORDS = {
+PLURALS = {"cross": "crosses"}
+RELATION_WORDS = {
     "left of": ("left of", "to the left of"),
     "right of": ("right of", "to the right of"),
     "above": ("above", "over"),
@@ -26,7 +26,7 @@ _RELATION_WORDS = {
     "inside": ("inside", "within"),
     "overlapping": ("overlapping",),
 }
-_PLACE_WORDS = {
+PLACE_WORDS = {
     "left": ("on the left",),
     "right": ("on the right",),
     "top": ("at the top",),
@@ -52,7 +52,7 @@ class Phrase:
     def words(self, article: Literal["a", "the", "", "number"] = "a") -> str:
         noun = self.shape or "shape"
         if self.count != 1:
-            noun = _PLURALS.get(noun, noun + "s")
+            noun = PLURALS.get(noun, noun + "s")
         body = " ".join(w for w in (self.size, self.fill, self.colour, noun) if w)
         if article == "number" or (self.count != 1 and article):
             return f"{NUMBERS[self.count]} {body}"
@@ -140,12 +140,12 @@ def say(rng: random.Random, claim: Claim, article: Literal["a", "the"] = "a") ->
     verb = "are" if claim.subject.count != 1 else "is"
     if claim.relation is not None:
         assert claim.object is not None
-        relation = rng.choice(_RELATION_WORDS[claim.relation])
+        relation = rng.choice(RELATION_WORDS[claim.relation])
         text = f"{subject} {rng.choice(('', 'is '))}{relation} {claim.object.words(article)}"
     elif claim.object is not None:
         text = f"{subject} and {claim.object.words(article)}"
     elif claim.place is not None:
-        text = f"{subject} {rng.choice(('', 'is '))}{rng.choice(_PLACE_WORDS[claim.place])}"
+        text = f"{subject} {rng.choice(('', 'is '))}{rng.choice(PLACE_WORDS[claim.place])}"
     else:
         text = subject
     if article == "a" and " is " not in text and rng.random() < 0.25:
@@ -197,9 +197,9 @@ def answer(claim: Claim, slot: Slot, true: bool = True) -> str:
 def vocabulary_words() -> list[str]:
     """Every word that captions and questions are made of, sorted; the tokenizer keeps each whole."""
     shapes = [*world.SHAPES, "shape"]
-    words = {*world.COLOURS, *shapes, *(_PLURALS.get(s, s + "s") for s in shapes), *world.SIZES, *world.FILLS}
+    words = {*world.COLOURS, *shapes, *(PLURALS.get(s, s + "s") for s in shapes), *world.SIZES, *world.FILLS}
     words |= {*NUMBERS, *world.BACKGROUNDS}
-    for group in (_RELATION_WORDS, _PLACE_WORDS):
+    for group in (RELATION_WORDS, PLACE_WORDS):
         words |= {w for phrases in group.values() for phrase in phrases for w in phrase.split()}
     words |= set(
         "a an the and is are there picture of on background from filled what where how many size colour".split()
