@@ -40,7 +40,7 @@ class _Errors(Scorer):
     passes = 0
 
     @torch.no_grad()
-    def errors(
+    def mean_errors(
         self, pairs: Sequence[tuple[int, str]], latents: Tensor, draws: Sequence[int], loss: Loss, bar: Any
     ) -> np.ndarray:
         """Mean errors over the latent of (row of ``latents``, caption) pairs: (n, draws) float64.
@@ -154,7 +154,7 @@ class _Noise(Baseline):
         blank = [(i, "") for i in range(len(pictures))] if unconditional else []
         total = (len(distinct) + len(blank)) * len(every)
         with tqdm(total=total, desc="scoring", unit="pass", disable=not progress) as bar:
-            found = self._errors.errors(distinct + blank, latents, every, self.loss, bar).mean(1)
+            found = self._errors.mean_errors(distinct + blank, latents, every, self.loss, bar).mean(1)
         of = dict(zip(distinct + blank, found, strict=True))
         errors = np.array([of[row[key], text] for key, (_, text) in zip(keys, pairs, strict=True)])
         return errors - np.array([of[row[key], ""] for key in keys]) if unconditional else errors
@@ -242,7 +242,7 @@ class DiffusionClassifier(_Noise):
                 ]
                 fresh = [d for d in here if d not in tried]
                 tried += fresh
-                errors[np.ix_(left, fresh)] = self._errors.errors(
+                errors[np.ix_(left, fresh)] = self._errors.mean_errors(
                     [pairs[i] for i in left], latents, fresh, self.loss, bar
                 )
                 if count == self.samples:
