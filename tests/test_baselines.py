@@ -433,7 +433,7 @@ class Planned(DiffusionClassifier):
     def __init__(self, backbone: Backbone, table: dict[str, list[float]], **options: Any) -> None:
         super().__init__(backbone, **options)
         self.table = table
-        self._errors.errors = self._made_up  # type: ignore[method-assign]
+        self._errors.mean_errors = self._made_up  # type: ignore[method-assign]
 
     def _made_up(self, pairs: Any, latents: Any, draws: Any, loss: Any, bar: Any) -> np.ndarray:
         self._errors.passes += len(pairs) * len(draws)

@@ -423,7 +423,7 @@ class CoOp(_Gradient):
     """
 
     name = "clip-coop"
-    defaults = FitConfig(learning_rate=5e-3, weight_decay=0.01, steps=200, candidates=None)
+    defaults = FitConfig(learning_rate=5e-3, weight_decay=0.01, patience=4, candidates=None, validation=0.25)
 
     def __init__(self, model: str = "clip-tiny", *, tokens: int = 4, **options: Any) -> None:
         if tokens < 1:
@@ -512,7 +512,9 @@ class Lora(_Gradient):
     """
 
     name = "clip-lora"
-    defaults = FitConfig(learning_rate=2e-3, weight_decay=0.01, steps=100, check_every=20, patience=3, candidates=None)
+    defaults = FitConfig(
+        learning_rate=2e-3, weight_decay=0.01, steps=100, check_every=20, patience=3, candidates=None, validation=0.25
+    )
     PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
     def __init__(
