@@ -196,7 +196,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import dsd
-from dsd.backbone.loading import resolve
+from dsd.backbone.hub import resolve
 
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)

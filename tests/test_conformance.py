@@ -24,7 +24,8 @@ from dsd.adapters import Adapter, fingerprint
 from dsd.backbone import FAMILIES, Backbone, TextStates
 from dsd.backbone.latent import Flow
 from dsd.contracts import AdapterError, ModelError, OptionError, TextError
-from dsd.explain import word_maps
+from dsd.explain import explain
+from dsd.explanation import ExplainConfig
 from dsd.probe import Probe, cross_attention_layers, projections, select_layers
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
@@ -35,6 +36,7 @@ CAPTION, OTHER = "a red circle left of a dog", "cat"
 LONG = " ".join(["a red circle left of the blue square and a green dog, right"] * 42)
 """More tokens than any encoder takes at once."""
 STEPS = (153, 617)
+MAPS = ExplainConfig("attention", timesteps=STEPS, draws=1, words=False)
 JOINT = ("sd3", "sd3-without-t5", "sd35", "flux-schnell", "flux-dev")
 MASKED = ("pixart-alpha", "pixart-sigma")
 TEXTUAL = [kind for kind in KINDS if kind != "dit"]
@@ -533,16 +535,16 @@ def test_odd_sizes(kind: str, backbone: Backbone, size: int) -> None:
     if kind != "dit":
         made = scorer(backbone, kind, size=size)
         assert np.isfinite(made.predict(pairs(kind)[:2])).all()
-        maps = word_maps(made, picture(0), CAPTION)
-        assert maps.maps.shape == (7, size, size)
-        assert np.isfinite(maps.maps).all()
-        assert maps.maps.max() > 0
+        maps = explain(made, picture(0), CAPTION, config=MAPS).maps
+        assert maps.shape == (7, size, size)
+        assert np.isfinite(maps).all()
+        assert maps.max() > 0
 
 
 @joint
 def test_maps_of_the_text_asking(kind: str, backbone: Backbone) -> None:
     made = scorer(backbone, kind, score={"direction": "text"})
-    maps = word_maps(made, picture(0), CAPTION).maps
+    maps = explain(made, picture(0), CAPTION, config=MAPS).maps
     assert maps.shape == (7, PIXELS, PIXELS)
     assert np.isfinite(maps).all()
     assert maps.max() > 0

@@ -211,7 +211,7 @@ def test_a_lesson_of_prompts_shows_its_course_and_stops(page: Any) -> None:
     page.wait_for_selector("#curve polyline.loss", timeout=60_000)
     page.click("#stop")
     page.wait_for_function("() => document.getElementById('lesson').textContent === 'Stopped.'", timeout=60_000)
-    assert page.is_enabled("#learn")
+    page.wait_for_selector("#learn:enabled", timeout=10_000)
 
 
 def test_everything_has_a_name_and_nothing_overflows_a_phone(url: str, chromium: Any) -> None:
