@@ -360,6 +360,7 @@ OPTIONS = {
     "--seed 99999999999999999999": "99999999999999999999",
     "--batch-size 0": "batch size 0",
     "--score attention --layers nonesuch": "nonesuch",
+    "--score attention --direction text": "direction 'text'",
     "--score attention --layers mid_block,": "''",
 }
 

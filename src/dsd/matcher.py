@@ -37,6 +37,7 @@ from dsd.contracts import (
 from dsd.explain import compare_images, compare_texts, explain
 from dsd.explanation import ExplainConfig, Explanation, ImageDifference, TextDifference
 from dsd.learn import FitConfig
+from dsd.probe import Direction
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import WEIGHTED, ScoreConfig
@@ -111,6 +112,7 @@ class Matcher:
         score: str | ScoreConfig | None = None,
         timesteps: Sequence[int] | None = None,
         layers: Sequence[str] | None = None,
+        direction: Direction | None = None,
         seed: int | None = None,
         size: int | None = None,
         batch_size: int | None = None,
@@ -128,7 +130,7 @@ class Matcher:
                 safetensors file).
             score: A name of :data:`dsd.scores.SCORES` or a whole configuration. Default: the adapter's, else
                 ``denoising``, the best zero-shot.
-            timesteps, layers, seed: Override the score's own.
+            timesteps, layers, direction, seed: Override the score's own.
             size, batch_size, noise: See the class.
             device: Default: the first GPU if there is one, else the CPU.
             dtype: Of the weights; scores are reduced in float32 whatever it is.
@@ -155,6 +157,8 @@ class Matcher:
             config = replace(config, timesteps=tuple(timesteps))
         if layers is not None:
             config = replace(config, layers=tuple(layers))
+        if direction is not None:
+            config = replace(config, direction=direction)
         if seed is not None:
             bare = None if config.bare is None else replace(config.bare, seed=seed)
             config = replace(config, seed=seed, bare=bare)

@@ -131,7 +131,7 @@ def _eval(a: argparse.Namespace) -> None:
     _finish(a, result, examples, folder, matcher)
 
 
-_OURS = ("model", "adapter", "score", "timesteps", "layers", "noise")
+_OURS = ("model", "adapter", "score", "timesteps", "layers", "direction", "noise")
 """Options that say nothing to a baseline."""
 
 

@@ -103,6 +103,9 @@ def model_options(command: argparse.ArgumentParser, adapter: bool = True) -> Non
     steps.add_argument("--timesteps", type=integers, metavar="T,T,...", help="timesteps, such as 189,389")
     steps.add_argument("--steps", type=int, metavar="N", help="that many timesteps, evenly spread")
     group.add_argument("--layers", metavar="L,L,...", help="cross-attention layers to look at, such as mid_block")
+    group.add_argument(
+        "--direction", choices=("image", "text"), help="whose queries attention is scored by (default: the image's)"
+    )
     group.add_argument("--noise", metavar="FILE", help="a .npy file of shape (timesteps, channels, height, width)")
     group.add_argument("--seed", type=int, metavar="S", help="decides the noise (default: 0)")
     group.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the model's own)")
@@ -178,6 +181,7 @@ def matcher_of(a: argparse.Namespace) -> Matcher:
         score=a.score,
         timesteps=a.timesteps if a.steps is None else even_timesteps(a.steps),
         layers=None if a.layers is None else a.layers.split(","),
+        direction=a.direction,
         seed=a.seed,
         size=a.size,
         batch_size=a.batch_size,
