@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -366,15 +367,15 @@ class Page:
             item(canvas)
 
 
-class _Canvas:
-    def image(self, x: float, y: float, w: float, h: float, image: Image.Image) -> None:
-        raise NotImplementedError
+class _Canvas(ABC):
+    @abstractmethod
+    def image(self, x: float, y: float, w: float, h: float, image: Image.Image) -> None: ...
 
-    def box(self, x: float, y: float, w: float, h: float, colour: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def box(self, x: float, y: float, w: float, h: float, colour: str) -> None: ...
 
-    def text(self, x: float, y: float, text: str, anchor: Anchor, size: float, colour: str) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def text(self, x: float, y: float, text: str, anchor: Anchor, size: float, colour: str) -> None: ...
 
 
 class _Raster(_Canvas):

@@ -397,6 +397,7 @@ def export(recipe: ClipRecipe, folder: Path, out: Path, look: int = 300, hardwar
     model = averaged(recipe, folder)
     progress = torch.load(folder / "clip.pt", weights_only=True, map_location="cpu")
     figures = measure(model, look) if look else None
+    model.config.text_config._name_or_path = ""  # where the text tower came from on this machine
     model.half().save_pretrained(out, safe_serialization=True)
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(out)
