@@ -32,6 +32,7 @@ from dsd.contracts import (
     ScoreTable,
     ServiceError,
     TextError,
+    choice_of,
     image_name,
 )
 from dsd.explanation import Change, Explanation, ImageDifference, Phrase, TextDifference
@@ -190,19 +191,8 @@ class Client:
 
     def rank(self, query: ImageInput, candidates: Sequence[Any], *, progress: bool = False) -> list[Ranked]:
         """Candidates for an image (captions) or for a caption (images), best first; see :meth:`dsd.Matcher.rank`."""
-        if not candidates:
-            raise OptionError("got no candidates, expected at least one")
-        if isinstance(query, str) and not any(not isinstance(c, str) or _is_file(c) for c in (query, *candidates)):
-            raise ImageError(
-                f"got no image file in {query!r} nor in any candidate, expected an image to rank texts for, or images "
-                "to rank for a text; check the path"
-            )
-        if not isinstance(query, str) or _is_file(query):
-            table = self.score([query], list(candidates), progress=progress)
-            scores, names = table.scores[0], table.texts
-        else:
-            table = self.score(list(candidates), [query], progress=progress)
-            scores, names = table.scores[:, 0], table.images
+        pairs, names = choice_of(query, candidates)
+        scores = self.predict(pairs, progress=progress)
         return [Ranked(int(i), names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")]
 
     def probability(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> np.ndarray:
@@ -390,10 +380,3 @@ def _png(image: Image) -> str:
     file = BytesIO()
     image.save(file, "PNG", compress_level=1)
     return base64.b64encode(file.getvalue()).decode()
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return os.path.isfile(text)
-    except ValueError:  # a null byte is in no path
-        return False

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -125,11 +126,21 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class Ranked:
-    """One candidate of a ranking: its index among the candidates, itself (a text, or an image's name), its score."""
+    """One candidate of a ranking.
+
+    Attributes:
+        index: Among the candidates.
+        candidate: The text, or the image's name.
+        score: Higher is a better match; with a budget, an estimate for those that left the race.
+        interval: With a budget, 95 % interval of what the whole score would be.
+        passes: With a budget, the passes that were spent on it.
+    """
 
     index: int
     candidate: str
     score: float
+    interval: tuple[float, float] | None = None
+    passes: int | None = None
 
 
 @runtime_checkable
@@ -148,6 +159,34 @@ class MatcherProtocol(Protocol):
     def score(self, images: Sequence[ImageInput], texts: Sequence[str]) -> ScoreTable:
         """Scores every image against every text."""
         ...
+
+
+def choice_of(query: ImageInput, candidates: Sequence[Any]) -> tuple[list[Pair], list[str]]:
+    """The pairs of a choice, captions for an image or images for a caption, and a name for each candidate.
+
+    A string is an image if a file of that name exists.
+
+    Raises:
+        OptionError: If there are no candidates.
+        ImageError: If query and candidates are all texts.
+    """
+    if not candidates:
+        raise OptionError("got no candidates, expected at least one")
+    if isinstance(query, str) and not any(not isinstance(c, str) or _is_file(c) for c in (query, *candidates)):
+        raise ImageError(
+            f"got no image file in {query!r} nor in any candidate, expected an image to rank texts for, or images "
+            "to rank for a text; check the path"
+        )
+    if isinstance(query, str) and not _is_file(query):
+        return [(image, query) for image in candidates], [image_name(image, i) for i, image in enumerate(candidates)]
+    return [(query, text) for text in candidates], list(candidates)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return isfile(text)
+    except ValueError:  # a null byte is in no path
+        return False
 
 
 def image_name(image: ImageInput, index: int) -> str:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from dsd import prompts
 from dsd.adapt import fit
@@ -26,12 +27,13 @@ from dsd.backbone import Backbone, cards, load_backbone
 from dsd.contracts import (
     AdapterError,
     Example,
-    ImageError,
     ImageInput,
+    MatcherProtocol,
     OptionError,
     Pair,
     Ranked,
     ScoreTable,
+    choice_of,
     image_name,
 )
 from dsd.explain import compare_images, compare_texts, explain
@@ -39,7 +41,8 @@ from dsd.explanation import ExplainConfig, Explanation, ImageDifference, TextDif
 from dsd.learn import FitConfig
 from dsd.probe import Direction
 from dsd.prompts import PromptConfig
-from dsd.scorer import Scorer
+from dsd.race import Budget, Standing, run, telling_first
+from dsd.scorer import Scorer, image_key
 from dsd.scores import WEIGHTED, ScoreConfig
 
 if TYPE_CHECKING:
@@ -213,29 +216,102 @@ class Matcher:
         names = tuple(image_name(image, i) for i, image in enumerate(pictures))
         return ScoreTable(flat.reshape(len(pictures), len(captions)), names, tuple(captions), self.config)
 
-    def rank(self, query: ImageInput, candidates: Sequence[Any], *, progress: bool = False) -> list[Ranked]:
+    def rank(
+        self,
+        query: ImageInput,
+        candidates: Sequence[Any],
+        *,
+        budget: Budget | int | str | None = None,
+        first_stage: MatcherProtocol | None = None,
+        keep: int = 100,
+        progress: bool = False,
+    ) -> list[Ranked]:
         """Candidates for an image (captions) or for a caption (images), best first; equal scores keep their order.
 
         A string is an image if a file of that name exists.
 
+        Args:
+            query: An image, or a caption.
+            candidates: Captions for an image, images for a caption.
+            budget: What it may cost; None makes all passes for all candidates. A number is of passes of the denoiser,
+                text such as ``10s`` of seconds. Passes then go to candidates that can still come first
+                (:mod:`dsd.race`).
+            first_stage: A cheaper matcher that sees all candidates first, such as ``dsd.baselines.baseline("clip")``.
+            keep: How many of the best by the first stage go on. The others are left out of the ranking.
+            progress: Whether to show a progress bar.
+
         Raises:
             ImageError, TextError: If an image or caption cannot be scored; also if query and candidates are all texts.
+            OptionError: If there are no candidates, or the budget has not a pass for each of them.
         """
-        if not candidates:
-            raise OptionError("got no candidates, expected at least one")
-        if isinstance(query, str) and not any(not isinstance(c, str) or _is_file(c) for c in (query, *candidates)):
-            raise ImageError(
-                f"got no image file in {query!r} nor in any candidate, expected an image to rank texts for, or images "
-                "to rank for a text; check the path"
+        pairs, names = choice_of(query, candidates)
+        kept = list(range(len(pairs)))
+        if first_stage is not None:
+            if keep < 1:
+                raise OptionError(f"got keep {keep}, expected 1 or more candidates to go on after the first stage")
+            first = first_stage.predict(pairs, progress=progress)
+            kept = sorted(int(i) for i in np.argsort(-first, kind="stable")[:keep])
+        if budget is None:
+            scores = self.predict([pairs[i] for i in kept], progress=progress)
+            order = np.argsort(-scores, kind="stable")
+            return [Ranked(kept[i], names[kept[i]], float(scores[i])) for i in order]
+        *_, last = self.race([[pairs[i] for i in kept]], budget, progress=progress)
+        (found,) = last
+        return [
+            Ranked(
+                kept[i],
+                names[kept[i]],
+                float(found.scores[i]),
+                (float(found.low[i]), float(found.high[i])),
+                int(found.passes[i]),
             )
-        if not isinstance(query, str) or _is_file(query):
-            table = self.score([query], list(candidates), progress=progress)
-            scores, names = table.scores[0], table.texts
-        else:
-            table = self.score(list(candidates), [query], progress=progress)
-            scores, names = table.scores[:, 0], table.images
-        order = np.argsort(-scores, kind="stable")
-        return [Ranked(int(i), names[i], float(scores[i])) for i in order]
+            for i in found.order
+        ]
+
+    def race(
+        self, choices: Sequence[Sequence[Pair]], budget: Budget | int | str, *, progress: bool = False
+    ) -> Iterator[list[Standing]]:
+        """Finds the best pair of each choice with as few passes as it takes; the standings can be used at any time.
+
+            for (standing,) in matcher.race([[(image, text) for text in texts]], "10s"):
+                best = texts[standing.order[0]]
+
+        Args:
+            choices: Of each its candidates: pairs of one image with captions, or of one caption with images.
+            budget: ``passes`` for each choice, ``seconds`` for all; see :class:`dsd.race.Budget`.
+            progress: Whether to show a progress bar.
+
+        Yields:
+            After each round of passes, where each choice stands; the last are the results.
+
+        Raises:
+            ImageError, TextError: If an image or caption cannot be scored.
+            OptionError: If a choice is none, or the budget has not a pass for each candidate.
+        """
+        prices = [self._scorer.price(len({image_key(i) for i, _ in c}), len({t for _, t in c})) for c in choices]
+        with tqdm(desc="racing", unit="pass", disable=not progress) as bar:
+            yield from run(self._scorer, choices, prices, Budget.of(budget), progress=bar)
+
+    def telling_first(self, choices: Sequence[Sequence[Pair]], *, progress: bool = False) -> tuple[int, ...]:
+        """The score's passes, those first that come nearest to the whole score; for :attr:`Budget.order`.
+
+        Learned from choices of your own, without labels; a few dozen will do. All passes are made for them.
+
+        Args:
+            choices: As for :meth:`race`.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ImageError, TextError: If an image or caption cannot be scored.
+            OptionError: If a choice has no two candidates.
+        """
+        every = range(self.score_config.passes)
+        pairs = [pair for choice in choices for pair in choice]
+        rows = [(i, p) for i in range(len(pairs)) for p in every]
+        with tqdm(total=len(rows), desc="calibrating", unit="pass", disable=not progress) as bar:
+            found = self._scorer.contributions(pairs, rows, progress=bar).reshape(len(pairs), len(every))
+        ends = np.cumsum([len(choice) for choice in choices])[:-1]
+        return telling_first(np.split(found, ends))
 
     def probability(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> np.ndarray:
         """How probable each caption is among those given, for each image: (n_images, n_texts), rows sum to one.
@@ -376,10 +452,3 @@ def _default_score(backbone: Backbone, kind: str = "denoising") -> ScoreConfig:
     card = cards().get(backbone.name)
     layers = card.layers if card is not None and kind in ("attention", "attention-mass") else None
     return ScoreConfig(kind, backbone.timesteps, layers=layers)
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return os.path.isfile(text)
-    except ValueError:  # a null byte is in no path
-        return False

@@ -17,6 +17,7 @@ from dsd import prompts
 from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import DsdError, ImageInput, ModelError, OptionError, Pair, TextError, batched
 from dsd.images import content_hash, load_image, resize_crop
+from dsd.race import Price
 from dsd.scores import Measured, Pass, Score, ScoreConfig, noised_pass
 
 V = TypeVar("V")
@@ -187,6 +188,67 @@ class Scorer:
         self._check_finite(pairs, np.isfinite(total))
         return total, table
 
+    def contributions(
+        self, pairs: Sequence[Pair], rows: Sequence[tuple[int, int]], *, progress: Any = None
+    ) -> Float[np.ndarray, " rows"]:
+        """What single passes add to scores: the mean of a pair's contributions over all its passes is its score.
+
+        Args:
+            pairs: Images and captions.
+            rows: Numbers of pairs and of passes: those at the score's timesteps first, then those of the bare score.
+            progress: A progress bar that counts passes.
+
+        Raises:
+            ImageError, TextError: If an image or caption cannot be scored.
+            ModelError: If the model gives numbers that are not finite.
+        """
+        for _, text in pairs:
+            check_text(text)
+        config = self.score.config
+        own = len(config.timesteps)
+        found = np.zeros(len(rows), np.float32)
+        bar = tqdm(disable=True) if progress is None else progress
+
+        def measure(score: Score, noise: Tensor, places: list[int], before: int, weight: float) -> None:
+            number = {rows[k]: k for k in places}
+            scale = weight * config.passes / len(score.config.timesteps)
+
+            def take(index: list[int], step: Tensor, made: Pass, empty: Pass | None) -> None:
+                values = scale * score(made, empty, step)
+                for i, s, value in zip(index, step.tolist(), values.tolist(), strict=True):
+                    found[number[i, s + before]] = value
+
+            steps = [(i, s - before) for i, s in number]
+            self._passes(pairs, score, score.config.timesteps, noise, take, bar, steps)
+
+        mine = [k for k, (_, s) in enumerate(rows) if s < own]
+        if mine:
+            measure(self.score, self.noise, mine, 0, 1.0)
+        rest = [k for k, (_, s) in enumerate(rows) if s >= own]
+        if rest and self._bare is not None and self._bare_noise is not None:
+            with prompts.disabled(self.backbone.denoiser):
+                measure(self._bare, self._bare_noise, rest, own, config.bare_weight)
+        finite = np.ones(len(pairs), bool)
+        for (i, _), good in zip(rows, np.isfinite(found), strict=True):
+            finite[i] &= good
+        self._check_finite(pairs, finite)
+        return found
+
+    def price(self, images: int, texts: int) -> Price:
+        """What passes over the pairs of a choice cost: captions for one image, or images for one caption.
+
+        Raises:
+            OptionError: If there are several of both.
+        """
+        if min(images, texts) != 1:
+            raise OptionError(f"got a choice of {images} images and {texts} texts, expected one of either")
+        own = [self.score.needs_empty] * len(self.score.config.timesteps)
+        bare = [] if self._bare is None else [self._bare.needs_empty] * len(self._bare.config.timesteps)
+        empty = [int(needed) for needed in own + bare]  # once for each image
+        if images == 1:
+            return Price((1,) * len(empty), tuple(empty))
+        return Price(tuple(1 + e for e in empty), (0,) * len(empty))
+
     def features(
         self, pairs: Sequence[Pair], features: Measured, draws: int = 1, *, progress: bool = False
     ) -> Float[np.ndarray, "draws n timesteps features"]:
@@ -322,49 +384,56 @@ class Scorer:
         noise: Tensor,
         take: Callable[[list[int], Tensor, Pass, Pass | None], None],
         bar: Any,
+        rows: Sequence[tuple[int, int]] | None = None,
     ) -> None:
-        """Hands every pair at every timestep to ``take``: pairs, timesteps, passes under captions and the empty one."""
+        """Hands pairs at timesteps to ``take``: pairs, timesteps, passes under captions and the empty one.
+
+        ``rows`` are numbers of pairs and of timesteps; by default every pair at every timestep.
+        """
+        if rows is None:
+            rows = [(i, s) for i in range(len(pairs)) for s in range(len(times))]
         # the same object or path is read once, whatever it holds
         places: dict[Hashable, int] = {}
         images: list[ImageInput] = []
         for image, _ in pairs:
-            if _identity(image) not in places:
-                places[_identity(image)] = len(images)
+            if image_key(image) not in places:
+                places[image_key(image)] = len(images)
                 images.append(image)
-        image_of = [places[_identity(image)] for image, _ in pairs]
+        image_of = [places[image_key(image)] for image, _ in pairs]
         latents = self.latents(images)
         texts = self.texts([text for _, text in pairs])
         timesteps = torch.tensor(times, device=self.backbone.device)
-        count = len(timesteps)
-        empty = self._empty_passes(latents, timesteps, what, noise)
+        shared = {key: k for k, key in enumerate(dict.fromkeys((image_of[i], s) for i, s in rows))}
+        empty = self._empty_passes(latents, list(shared), timesteps, what, noise)
 
         # a pass takes captions of one length only, so that nothing is padded for another's sake
         lengths: dict[int, list[tuple[int, int]]] = {}
-        for i, states in enumerate(texts):
-            lengths.setdefault(states.states.shape[1], []).extend((i, s) for s in range(count))
+        for i, s in rows:
+            lengths.setdefault(texts[i].states.shape[1], []).append((i, s))
         for items in lengths.values():
             done = 0
 
-            def run(rows: int, items: list[tuple[int, int]] = items) -> None:
+            def run(count: int, items: list[tuple[int, int]] = items) -> None:
                 nonlocal done
-                part = items[done : done + rows]
+                part = items[done : done + count]
                 index = [i for i, _ in part]
                 step = torch.tensor([s for _, s in part], device=latents.device)
                 z = latents[[image_of[i] for i in index]]
-                number = {text: k for k, text in enumerate(dict.fromkeys(pairs[i][1] for i in index))}
+                first = {pairs[i][1]: i for i in reversed(index)}
+                number = {text: k for k, text in enumerate(first)}
                 made = noised_pass(
                     self.backbone,
                     z,
                     noise[step],
                     timesteps[step],
-                    TextStates.join(self.texts(list(number))),
+                    TextStates.join([texts[i] for i in first.values()]),
                     what.layers,
                     what.direction,
                     captions=torch.tensor([number[pairs[i][1]] for i in index], device=latents.device),
                     over=what.over,
                     predict=what.sees_noise,
                 )
-                other = None if empty is None else empty.rows([image_of[i] * count + s for i, s in part])
+                other = None if empty is None else empty.rows([shared[image_of[i], s] for i, s in part])
                 take(index, step, made, other)
                 done += len(part)
                 bar.update(len(part))
@@ -372,19 +441,25 @@ class Scorer:
             while done < len(items):
                 self._fit_memory(run)
 
-    def _empty_passes(self, latents: Latents, timesteps: Tensor, what: Score | Measured, noise: Tensor) -> Pass | None:
-        """Passes under the empty caption, once for each image and timestep: row ``image * timesteps + timestep``."""
+    def _empty_passes(
+        self,
+        latents: Latents,
+        rows: Sequence[tuple[int, int]],
+        timesteps: Tensor,
+        what: Score | Measured,
+        noise: Tensor,
+    ) -> Pass | None:
+        """Passes under the empty caption: ``rows`` are numbers of images and of timesteps."""
         if not what.needs_empty:
             return None
         (blank,) = self.backbone.encode_texts([""])
-        total = len(latents) * len(timesteps)
         made: list[Pass] = []
         done = 0
 
-        def run(rows: int) -> None:
+        def run(count: int) -> None:
             nonlocal done
-            index = torch.arange(done, min(done + rows, total), device=latents.device)
-            image, step = index // len(timesteps), index % len(timesteps)
+            part = torch.tensor(rows[done : done + count], device=latents.device)
+            image, step = part.unbind(1)
             made.append(
                 noised_pass(
                     self.backbone,
@@ -394,14 +469,14 @@ class Scorer:
                     blank,
                     what.empty_layers,
                     what.direction,
-                    captions=torch.zeros_like(index),
+                    captions=torch.zeros_like(image),
                     over=what.over,
                     predict=what.sees_noise,
                 )
             )
-            done += len(index)
+            done += len(part)
 
-        while done < total:
+        while done < len(rows):
             self._fit_memory(run)
         return Pass.join(made)
 
@@ -429,7 +504,8 @@ def check_text(text: str) -> None:
         raise TextError(f"got the caption {text!r}, expected text with at least one word")
 
 
-def _identity(image: ImageInput) -> Hashable:
+def image_key(image: ImageInput) -> Hashable:
+    """The same for the same object or path, whatever it holds."""
     return str(image) if isinstance(image, str) or hasattr(image, "__fspath__") else id(image)
 
 
