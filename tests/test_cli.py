@@ -282,6 +282,38 @@ def test_rankings_are_the_scores_best_first(dsd: Command, image: Path, tmp_path:
     assert [next(t for t in texts[1::2] if t in line) for line in lines[-3:]] == [r["text"] for r in ranking]
 
 
+def test_rankings_on_a_budget(dsd: Command, image: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "captions.txt"
+    texts.write_text("a dog\n\n  a cat \na blue square\na red circle\n", "utf-8")
+    whole = dsd.json("rank", image, "--texts", texts, "--timesteps", "100,300,500,700")
+    assert {r["text"] for r in whole["ranking"]} == {"a dog", "a cat", "a blue square", "a red circle"}
+    assert "budget" not in whole
+    assert "passes" not in whole["ranking"][0]
+    argv = ("rank", image, "--texts", texts, "--timesteps", "100,300,500,700")
+    found = dsd.json(*argv, "--budget", "12", "--error", "0.2")
+    assert found["budget"] == {"passes": 12, "error": 0.2}
+    assert sum(r["passes"] for r in found["ranking"]) <= 12
+    assert found["ranking"][-1]["interval"] is None or found["ranking"][-1]["passes"] > 1
+    sure = dsd.json(*argv, "--error", "1e-300")
+    assert [r["index"] for r in sure["ranking"]] == [r["index"] for r in whole["ranking"]]
+    few = dsd.json(*argv, "--first-stage", "caption-length", "--keep", "2", "--budget", "60s")
+    assert {r["text"] for r in few["ranking"]} == {"a dog", "a cat"}
+    assert few["first_stage"]["keep"] == 2
+    status, out, _ = dsd(*argv, "--first-stage", "caption-length", "--keep", "2", "--model", dsd.model)
+    assert status == 0
+    assert "kept 2 of 4" in out
+    status, out, _ = dsd(*argv, "--budget", "12", "--model", dsd.model)
+    assert "interval" in out.splitlines()[0]
+    assert "one pass for each" in dsd.refused(*argv, "--budget", "3")
+    assert "such as 10s" in dsd.refused(*argv, "--budget", "soon")
+    assert "probability" in dsd.refused(*argv, "--error", "2")
+    assert "--first-stage" in dsd.refused(*argv, "--first-model", "clip")
+    assert "keep 0" in dsd.refused(*argv, "--first-stage", "chance", "--keep", "0")
+    texts.write_text("\n")
+    assert "no captions" in dsd.refused(*argv)
+    assert "UTF-8" in dsd.refused("rank", image, "--texts", tmp_path / "nonesuch.txt")
+
+
 def test_many_images_and_many_texts_have_no_ranking(dsd: Command, image: Path) -> None:
     assert "dsd score" in dsd.refused("rank", image, image, "--text", "a", "--text", "b")
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dsd.cli.options import MAPS, Commands, integers, matcher_of, model_options
 from dsd.cli.printing import print_json, print_table, say, watched
 from dsd.contracts import OptionError
 
 if TYPE_CHECKING:
+    from dsd.contracts import Ranked
     from dsd.pictures import Shown
+    from dsd.race import Budget
 
 
 def add(commands: Commands) -> None:
@@ -19,8 +24,26 @@ def add(commands: Commands) -> None:
     rank = commands.add("rank", _rank, "Rank texts for one image, or images for one text, best first.")
     for command in (score, rank):
         command.add_argument("images", nargs="+", metavar="IMAGE")
-        command.add_argument("--text", action="append", required=True, metavar="T", help="a caption; repeat for more")
+        texts = command.add_mutually_exclusive_group(required=True)
+        texts.add_argument("--text", action="append", metavar="T", help="a caption; repeat for more")
+        texts.add_argument("--texts", metavar="FILE", help="a file of captions, one a line")
         model_options(command)
+    few = rank.add_argument_group("many candidates", "a pass of the denoiser for each takes long")
+    few.add_argument(
+        "--budget",
+        metavar="N|Ns",
+        help="passes of the denoiser at most, or seconds (10s); they go to candidates that can still come first",
+    )
+    few.add_argument(
+        "--error",
+        type=float,
+        metavar="P",
+        help="the risk, at most, of dropping the candidate that all passes would put first, while the budget lasts "
+        "(default with a budget: 0.01; alone, it is what ends the race)",
+    )
+    few.add_argument("--first-stage", metavar="B", help="a baseline that sees all candidates first, such as clip")
+    few.add_argument("--first-model", metavar="M", help="its model (default: its own)")
+    few.add_argument("--keep", type=int, default=100, metavar="N", help="how many go on from it (default: %(default)s)")
 
     explain = commands.add(
         "explain",
@@ -48,7 +71,8 @@ def add(commands: Commands) -> None:
 
 
 def _score(a: argparse.Namespace) -> None:
-    table = matcher_of(a).score(a.images, a.text, progress=watched())
+    texts = _texts(a)
+    table = matcher_of(a).score(a.images, texts, progress=watched())
     if a.format == "json":
         print_json(table.to_dict())
         return
@@ -61,21 +85,77 @@ def _score(a: argparse.Namespace) -> None:
 
 
 def _rank(a: argparse.Namespace) -> None:
-    if len(a.images) > 1 and len(a.text) > 1:
+    texts = _texts(a)
+    if len(a.images) > 1 and len(texts) > 1:
         raise OptionError(
-            f"got {len(a.images)} images and {len(a.text)} texts, expected one of either; use dsd score for all pairs"
+            f"got {len(a.images)} images and {len(texts)} texts, expected one of either; use dsd score for all pairs"
         )
-    matcher = matcher_of(a)
-    table = matcher.score(a.images, a.text, progress=watched())
     what = "image" if len(a.images) > 1 else "text"
-    names = table.images if what == "image" else table.texts
-    flat = table.scores.reshape(-1)
-    order = sorted(range(len(flat)), key=lambda i: -flat[i])
-    ranked = [{"rank": k + 1, "index": i, what: names[i], "score": float(flat[i])} for k, i in enumerate(order)]
+    budget = _budget(a)
+    first = None
+    if a.first_stage is not None:
+        from dsd.baselines import baseline
+
+        first = baseline(a.first_stage, **({} if a.first_model is None else {"model": a.first_model}))
+    elif a.first_model is not None:
+        raise OptionError(f"got --first-model {a.first_model}, expected --first-stage too")
+    matcher = matcher_of(a)
+    query, candidates = (Path(a.images[0]), texts) if what == "text" else (texts[0], [Path(i) for i in a.images])
+    ranking = matcher.rank(query, candidates, budget=budget, first_stage=first, keep=a.keep, progress=watched())
     if a.format == "json":
-        print_json({"ranking": ranked, **table.config})
+        rows = [
+            {"rank": k + 1, "index": r.index, what: r.candidate, "score": r.score, **_spent(r)}
+            for k, r in enumerate(ranking)
+        ]
+        told = {} if budget is None else {"budget": budget.to_dict()}
+        if first is not None:
+            told["first_stage"] = {"keep": a.keep, **first.config}
+        print_json({"ranking": rows, **matcher.config, **told})
         return
-    print_table([{**r, "score": f"{r['score']:.4f}"} for r in ranked], ("rank", "score", what))
+    if len(ranking) < len(candidates):
+        say(f"the first stage kept {len(ranking)} of {len(candidates)}")
+    shown = [
+        {
+            "rank": k + 1,
+            "score": f"{r.score:.4f}",
+            "passes": r.passes,
+            "interval": "" if r.interval is None else "{:.4f} to {:.4f}".format(*r.interval),
+            what: r.candidate,
+        }
+        for k, r in enumerate(ranking)
+    ]
+    print_table(shown, ("rank", "score", what) if budget is None else ("rank", "score", "interval", "passes", what))
+
+
+def _spent(ranked: Ranked) -> dict[str, Any]:
+    """What JSON says of a candidate's part in a race; an interval that is not known is left out."""
+    if ranked.interval is None:
+        return {}
+    known = all(math.isfinite(end) for end in ranked.interval)
+    return {"passes": ranked.passes, "interval": list(ranked.interval) if known else None}
+
+
+def _budget(a: argparse.Namespace) -> Budget | None:
+    from dsd.race import Budget
+
+    if a.budget is None and a.error is None:
+        return None
+    budget = Budget() if a.budget is None else Budget.of(a.budget)
+    return budget if a.error is None else replace(budget, error=a.error)
+
+
+def _texts(a: argparse.Namespace) -> list[str]:
+    """The captions, as they were given or from a file."""
+    if a.texts is None:
+        return list(a.text)
+    try:
+        lines = Path(a.texts).read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise OptionError(f"{a.texts}: got {error}, expected a text file in UTF-8 with a caption a line") from None
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise OptionError(f"{a.texts}: got no captions, expected one a line")
+    return texts
 
 
 def _explain(a: argparse.Namespace) -> None:
