@@ -36,6 +36,7 @@ from dsd.contracts import (
     choice_of,
     image_name,
 )
+from dsd.encodings import Encodings, Folder
 from dsd.explain import compare_images, compare_texts, explain
 from dsd.explanation import ExplainConfig, Explanation, ImageDifference, TextDifference
 from dsd.learn import FitConfig
@@ -62,6 +63,8 @@ class Matcher:
         size: Pixels a side. Default: the adapter's, else the model's own.
         batch_size: Rows a denoiser pass; halved whenever memory runs out.
         noise: (timesteps, channels, height, width) of the latent, instead of noise drawn from the score's seed.
+        encodings: A folder that latents and token states are kept in and taken from (:mod:`dsd.encodings`), or one with
+            a limit of its own: ``dsd.encodings.Folder("encodings", limit=2**30)``.
     """
 
     def __init__(
@@ -73,9 +76,14 @@ class Matcher:
         size: int | None = None,
         batch_size: int | None = None,
         noise: np.ndarray | None = None,
+        encodings: str | os.PathLike[str] | Folder | None = None,
     ) -> None:
         self.backbone = backbone
         self.adapter = adapter
+        kept = None
+        if encodings is not None:
+            folder = encodings if isinstance(encodings, Folder) else Folder(encodings)
+            kept = Encodings(folder, backbone)
         if adapter is not None:
             adapter.attach(backbone)
             score = score or adapter.score
@@ -100,7 +108,9 @@ class Matcher:
                         f"got timesteps {score.timesteps}, layers {score.layers} and direction {score.direction} with "
                         "weights that were learned at others, expected those of the adapter; leave them out"
                     )
-            self._scorer = Scorer(backbone, score, size=size, batch_size=batch_size, noise=noise, weights=weights)
+            self._scorer = Scorer(
+                backbone, score, size=size, batch_size=batch_size, noise=noise, weights=weights, encodings=kept
+            )
         except BaseException:
             if adapter is not None:  # the backbone was bare, and is the caller's
                 prompts.detach(backbone.denoiser)
@@ -120,6 +130,7 @@ class Matcher:
         size: int | None = None,
         batch_size: int | None = None,
         noise: np.ndarray | None = None,
+        encodings: str | os.PathLike[str] | Folder | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         **loading: Any,
@@ -134,7 +145,7 @@ class Matcher:
             score: A name of :data:`dsd.scores.SCORES` or a whole configuration. Default: the adapter's, else
                 ``denoising``, the best zero-shot.
             timesteps, layers, direction, seed: Override the score's own.
-            size, batch_size, noise: See the class.
+            size, batch_size, noise, encodings: See the class.
             device: Default: the first GPU if there is one, else the CPU.
             dtype: Of the weights; scores are reduced in float32 whatever it is.
             **loading: Further fields of :class:`dsd.backbone.LoadConfig`, named as in diffusers: ``device_map``,
@@ -165,7 +176,7 @@ class Matcher:
         if seed is not None:
             bare = None if config.bare is None else replace(config.bare, seed=seed)
             config = replace(config, seed=seed, bare=bare)
-        return cls(backbone, config, adapter=loaded, size=size, batch_size=batch_size, noise=noise)
+        return cls(backbone, config, adapter=loaded, size=size, batch_size=batch_size, noise=noise, encodings=encodings)
 
     @property
     def config(self) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from dsd import prompts
 from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import DsdError, ImageInput, ModelError, OptionError, Pair, TextError, batched
+from dsd.encodings import Encodings
 from dsd.images import content_hash, load_image, resize_crop
 from dsd.race import Price
 from dsd.scores import Measured, Pass, Score, ScoreConfig, noised_pass
@@ -58,6 +59,7 @@ class Scorer:
         batch_size: Rows a pass; halved whenever memory runs out. Default: by the latent's size.
         noise: (timesteps, c, h, w) in the order of ``config.timesteps``, instead of noise from ``config.seed``.
         weights: (timesteps, features) for a ``weighted`` score.
+        encodings: Keeps latents and token states on disk.
 
     Raises:
         OptionError: If size, batch size or noise do not fit.
@@ -77,8 +79,10 @@ class Scorer:
         batch_size: int | None = None,
         noise: np.ndarray | None = None,
         weights: Tensor | None = None,
+        encodings: Encodings | None = None,
     ) -> None:
         self.backbone = backbone
+        self.encodings = encodings
         self.size = backbone.image_size if size is None else size
         if not 8 <= self.size <= 8192:
             raise OptionError(f"got size {self.size}, expected 8 to 8192 pixels a side")
@@ -126,8 +130,12 @@ class Scorer:
             picture = resize_crop(load_image(image), self.size)
             key = content_hash(picture)
             keys.append(key)
-            if self._latents.get(key) is None:
-                fresh[key] = picture
+            if self._latents.get(key) is None and key not in fresh:
+                kept = None if self.encodings is None else self.encodings.latent(key)
+                if kept is None:
+                    fresh[key] = picture
+                else:
+                    self._latents.put(key, kept)
         found = {key: self._latents.get(key) for key in keys}
         done = 0
         names = list(fresh)
@@ -138,6 +146,8 @@ class Scorer:
             for key, latent in zip(part, self.backbone.encode_images([fresh[k] for k in part]), strict=True):
                 self._latents.put(key, latent)
                 found[key] = latent
+                if self.encodings is not None:
+                    self.encodings.keep_latent(key, latent)
             done += len(part)
 
         while done < len(names):
@@ -150,10 +160,18 @@ class Scorer:
         for text in texts:
             states = self._texts.get(text)
             if states is None:
-                (states,) = self.backbone.encode_texts([text])
+                states = self._encode(text)
                 self._texts.put(text, states)
             found.append(states)
         return found
+
+    def _encode(self, text: str) -> TextStates:
+        if self.encodings is not None and (kept := self.encodings.text(text)) is not None:
+            return kept
+        (states,) = self.backbone.encode_texts([text])
+        if self.encodings is not None:
+            self.encodings.keep_text(text, states)
+        return states
 
     # Scoring
 

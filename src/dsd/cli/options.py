@@ -110,6 +110,11 @@ def model_options(command: argparse.ArgumentParser, adapter: bool = True) -> Non
     group.add_argument("--seed", type=int, metavar="S", help="decides the noise (default: 0)")
     group.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the model's own)")
     group.add_argument("--batch-size", type=int, metavar="N", help="rows a pass; halved when memory runs out")
+    group.add_argument(
+        "--encodings",
+        metavar="DIR",
+        help="keep encoded images and texts there, at most 10 GiB, and use what is there",
+    )
     loading_options(command)
 
 
@@ -186,6 +191,7 @@ def matcher_of(a: argparse.Namespace) -> Matcher:
         size=a.size,
         batch_size=a.batch_size,
         noise=noise,
+        encodings=a.encodings,
         **loading_of(a),
     )
 
