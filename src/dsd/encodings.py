@@ -181,12 +181,12 @@ class Encodings:
 
 
 def _digest(kind: Mapping[str, Any], parts: Mapping[str, Any]) -> str:
-    """A hash of networks and tokenizers: of each weight a checksum over all of it, and of the rest as it is."""
+    """A hash of networks, all their weights and their configuration, and of tokenizers."""
     digest = hashlib.blake2b(json.dumps(kind, sort_keys=True).encode(), digest_size=20)
     for name, part in parts.items():
         told: Any
         if isinstance(part, nn.Module):
-            told = {"config": _plain(part.config), "weights": _checksums(name, part)}
+            told = {"config": _plain(part.config), "weights": _weights(name, part)}
         else:
             told = {"type": type(part).__name__, "vocabulary": part.get_vocab(), "length": part.model_max_length}
         digest.update(json.dumps([name, told], sort_keys=True, default=str).encode())
@@ -200,25 +200,18 @@ def _plain(config: Any) -> dict[str, Any]:
     return {k: v for k, v in values.items() if not k.startswith("_") and "version" not in k}
 
 
-@torch.no_grad()
-def _checksums(name: str, module: nn.Module) -> dict[str, list[Any]]:
-    """Of each tensor its shape, its type and two sums over the bits of all its elements, one of them weighted."""
+def _weights(name: str, module: nn.Module) -> dict[str, list[Any]]:
+    """Of each tensor its shape, its type and a hash of its bytes."""
     found = {}
     for key, value in module.state_dict().items():
-        if value.device.type == "meta" or not (value.is_floating_point() or value.dtype in _INTEGERS):
+        if value.device.type == "meta" or value.dtype not in _READABLE:
             raise OptionError(
                 f"got a {name} whose weights cannot be read to tell it from others, because they are offloaded layer "
                 "by layer or quantised, expected weights in memory; leave the folder for encodings out"
             )
-        bits = value.contiguous().flatten().view(_OF_SIZE[value.element_size()])
-        plain = weighted = 0
-        for part in bits.split(_AT_ONCE):
-            place = torch.arange(1, len(part) + 1, device=bits.device)
-            plain, weighted = plain + int(part.sum()), weighted + int((part * place).sum())
-        found[key] = [list(value.shape), str(value.dtype), plain, weighted]
+        plain = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        found[key] = [list(value.shape), str(value.dtype), hashlib.blake2b(plain, digest_size=16).hexdigest()]
     return found
 
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
-_AT_ONCE = 2**20
-_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_READABLE = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32)
