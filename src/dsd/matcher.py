@@ -303,13 +303,24 @@ class Matcher:
         with tqdm(desc="racing", unit="pass", disable=not progress) as bar:
             yield from run(self._scorer, choices, prices, Budget.of(budget), progress=bar)
 
-    def telling_first(self, choices: Sequence[Sequence[Pair]], *, progress: bool = False) -> tuple[int, ...]:
-        """The score's passes, those first that come nearest to the whole score; for :attr:`Budget.order`.
+    def telling_first(
+        self,
+        choices: Sequence[Sequence[Pair]],
+        right: Sequence[int] | None = None,
+        *,
+        progress: bool = False,
+    ) -> tuple[int, ...]:
+        """The score's passes, the most telling first; for :attr:`dsd.race.Budget.order`, or for a shorter score.
 
-        Learned from choices of your own, without labels; a few dozen will do. All passes are made for them.
+            order = matcher.telling_first(choices)
+            few = replace(matcher.score_config, timesteps=[matcher.score_config.timesteps[p] for p in order[:5]])
+
+        All passes are made for these choices; a few dozen will do.
 
         Args:
-            choices: As for :meth:`race`.
+            choices: As for :meth:`race`, each of two or more candidates.
+            right: Of each choice the right candidate. None: the one that all passes together put first, so that no
+                labels are needed.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -322,7 +333,7 @@ class Matcher:
         with tqdm(total=len(rows), desc="calibrating", unit="pass", disable=not progress) as bar:
             found = self._scorer.contributions(pairs, rows, progress=bar).reshape(len(pairs), len(every))
         ends = np.cumsum([len(choice) for choice in choices])[:-1]
-        return telling_first(np.split(found, ends))
+        return telling_first(np.split(found, ends), right)
 
     def probability(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> np.ndarray:
         """How probable each caption is among those given, for each image: (n_images, n_texts), rows sum to one.

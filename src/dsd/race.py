@@ -362,34 +362,36 @@ def middle_first(count: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*(k * count // 2**bits for k in spread), 0]))
 
 
-def telling_first(contributions: Sequence[Float[np.ndarray, "candidates passes"]]) -> tuple[int, ...]:
-    """Passes in the order in which the mean over the first of them comes nearest to the mean over all.
+def telling_first(
+    contributions: Sequence[Float[np.ndarray, "candidates passes"]], right: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Passes in the order in which the first of them set the right candidate apart best.
 
-    Greedy, from choices that all passes were made for; no labels are needed.
+    Greedy: the next pass is the one with which the lead of the right candidate over the mean of the others is largest
+    in units of its standard deviation over the choices.
 
     Args:
         contributions: Of each choice, of its candidates (two or more) at every pass.
+        right: Of each choice the right candidate. None: the one that all passes together put first, so that no labels
+            are needed.
 
     Raises:
         OptionError: If there are none, or they differ in their passes.
     """
-    shapes = {np.shape(c)[1] for c in contributions if np.ndim(c) == 2 and len(c) > 1}
-    if len(shapes) != 1 or any(np.ndim(c) != 2 or len(c) < 2 for c in contributions):
+    shapes = {np.shape(c)[1] if np.ndim(c) == 2 and len(c) > 1 else 0 for c in contributions}
+    if len(shapes) != 1 or 0 in shapes:
         raise OptionError(
             f"got {len(contributions)} choices with {sorted(shapes)} passes, expected one or more, each of two or more "
             "candidates, with as many passes"
         )
-    (total,) = shapes
-    apart = np.concatenate(
-        [c - np.mean(c, 0) for c in contributions]
-    )  # what the candidates of a choice share is naught
-    whole = apart.mean(1)
+    firsts = [int(np.argmax(np.mean(c, 1))) for c in contributions] if right is None else list(right)
+    leads = np.array([c[k] - np.delete(c, k, 0).mean(0) for c, k in zip(contributions, firsts, strict=True)])
     order: list[int] = []
-    so_far = np.zeros(len(apart))
-    while len(order) < total:
-        rest = [p for p in range(total) if p not in order]
-        misses = [((so_far + apart[:, p]) / (len(order) + 1) - whole).std() for p in rest]
-        best = rest[int(np.argmin(misses))]
+    so_far = np.zeros(len(leads))
+    while len(order) < leads.shape[1]:
+        rest = [p for p in range(leads.shape[1]) if p not in order]
+        sums = so_far[:, None] + leads[:, rest]
+        best = rest[int(np.argmax(sums.mean(0) / np.maximum(sums.std(0), 1e-12)))]
         order.append(best)
-        so_far += apart[:, best]
+        so_far += leads[:, best]
     return tuple(order)
