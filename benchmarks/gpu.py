@@ -23,6 +23,7 @@ import diffusers
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from configurations import CONFIGURATIONS, pipeline
 from dsd.backbone import Backbone, load_backbone
@@ -77,6 +78,48 @@ def passes(backbone: Backbone, rows: int, device: torch.device) -> dict[str, Any
     return {"rows": rows, "bare": bare, "probed": probed, "overhead": probed["seconds"] / bare["seconds"] - 1}
 
 
+def matrix_product_peak(device: torch.device, size: int) -> float:
+    """Floating-point operations a second of products of bfloat16 matrices, as measured."""
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / float(clock(lambda: a @ b, device, repeats=10)["seconds"])
+
+
+def throughput(backbone: Backbone, rows: int, device: torch.device, peak: float) -> dict[str, Any]:
+    """Bare denoiser passes a second, plain, in channels-last layout and compiled, and their share of the peak."""
+    scorer = Scorer(backbone, ScoreConfig("denoising", backbone.timesteps))
+    latents = scorer.latents(pictures(1)).expand(rows, -1, -1, -1).contiguous()
+    text = scorer.texts([CAPTIONS[0]])[0].select([0] * rows)
+    timesteps = torch.full((rows,), 500, device=device)
+
+    def run() -> None:
+        with torch.no_grad():
+            backbone.predict_noise(latents, timesteps, text)
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    operations = counter.get_total_flops()
+    found: dict[str, Any] = {"rows": rows, "operations a row": operations / rows}
+
+    def measure(name: str) -> None:
+        made = clock(run, device, repeats=5)
+        share = operations / made["seconds"] / peak
+        found[name] = {"rows a second": rows / made["seconds"], "share of peak": share, "peak_gib": made["peak_gib"]}
+
+    measure("plain")
+    backbone.denoiser.to(memory_format=torch.channels_last)
+    measure("channels last")
+    start = time.perf_counter()
+    backbone.denoiser.compile(dynamic=False)
+    try:
+        run()
+        found["compiling, seconds"] = time.perf_counter() - start
+        measure("compiled, channels last")
+    finally:
+        backbone.denoiser._compiled_call_impl = None
+        backbone.denoiser.to(memory_format=torch.contiguous_format)
+    return found
+
+
 def step(backbone: Backbone, device: torch.device) -> dict[str, Any]:
     """A step of learning prompts of rank 4 on all attention layers, from one example with two candidates."""
     examples = [Example(str(i), (pictures(1)[0],), CAPTIONS, ((0, i % 2),)) for i in range(4)]
@@ -89,8 +132,8 @@ def step(backbone: Backbone, device: torch.device) -> dict[str, Any]:
     return {"seconds": made["seconds"] / steps, "peak_gib": made["peak_gib"]}
 
 
-def check(name: str, device: torch.device, small: bool, late: Callable[[], bool]) -> dict[str, Any]:
-    """All that is measured of one model."""
+def check(name: str, device: torch.device, small: bool, peak: float, late: Callable[[], bool]) -> dict[str, Any]:
+    """All that is measured of one model; ``peak`` is of matrix products, operations a second."""
     found: dict[str, Any] = {}
     tables: dict[torch.dtype, dict[str, np.ndarray]] = {}
 
@@ -132,6 +175,9 @@ def check(name: str, device: torch.device, small: bool, late: Callable[[], bool]
                 if (p := unless_late(f"{key} pass of {n}", lambda b=backbone, n=n: passes(b, n, device)))
             ]
             if dtype == torch.bfloat16:
+                made["throughput"] = unless_late(
+                    "throughput", lambda b=backbone: throughput(b, 2 if small else 8, device, peak)
+                )
                 made["learning step"] = unless_late("learning step", lambda b=backbone: step(b, device))
             print(f"{name} {key}", file=sys.stderr, flush=True)
             del backbone
@@ -167,11 +213,18 @@ def main() -> None:
     start = time.perf_counter()
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     versions = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    results: dict[str, Any] = {"device": name, "versions": versions, "small": options.small, "models": {}}
+    peak = matrix_product_peak(device, 512 if options.small else 8192)
+    results: dict[str, Any] = {
+        "device": name,
+        "peak of matrix products, TFLOP/s": peak / 1e12,
+        "versions": versions,
+        "small": options.small,
+        "models": {},
+    }
     for model in options.models:
         try:
             results["models"][model] = check(
-                model, device, options.small, lambda: time.perf_counter() - start > options.limit
+                model, device, options.small, peak, lambda: time.perf_counter() - start > options.limit
             )
         except Exception as error:  # of one model, so that the others are still measured; it is written down
             results["models"][model] = {"error": f"{type(error).__name__}: {error}"}

@@ -313,7 +313,7 @@ class Matcher:
         """The score's passes, the most telling first; for :attr:`dsd.race.Budget.order`, or for a shorter score.
 
             order = matcher.telling_first(choices)
-            few = replace(matcher.score_config, timesteps=[matcher.score_config.timesteps[p] for p in order[:5]])
+            few = replace(score, timesteps=tuple(score.timesteps[p] for p in order[:5]))
 
         All passes are made for these choices; a few dozen will do.
 
