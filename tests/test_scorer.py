@@ -369,3 +369,13 @@ def test_change_of_score_keeps_what_is_encoded(
     assert np.abs(scorer.predict(pairs) - tables["attention-mass"][0]).max() < 1e-5
     assert (counted["images"], counted["texts"]) == (1, 5)
     assert scorer.size == PIXELS
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # what compilers warn of is not ours
+def test_a_compiled_denoiser_gives_the_same(pipe: Pipe, tables: dict[str, np.ndarray]) -> None:
+    compiled = load_backbone(pipe())
+    compiled.denoiser.compile(backend="eager")
+    for kind in ("attention", "denoising"):
+        found = Scorer(compiled, CONFIGS[kind]).predict([(IMAGES[0], TEXTS[0]), (IMAGES[1], TEXTS[1])])
+        assert found == pytest.approx([tables[kind][0, 0], tables[kind][1, 1]], abs=1e-5)

@@ -131,8 +131,8 @@ class Race:
       are dropped for as long as the sum over all that were dropped stays within the error (a union bound; the error is
       given out evenly over the rounds). As few passes say little of ``s``, that of a candidate is drawn to the mean
       over all candidates, as if that had been seen in four passes more.
-    - The budget has no passes for them. It is spread evenly over the rounds that are left (successive halving: Karnin
-      et al. 2013; Jamieson & Talwalkar 2016), and the best so far go on.
+    - The budget has no passes for them. It is spread over the rounds that are left (successive halving: Karnin et al.
+      2013; Jamieson & Talwalkar 2016; a little more to early rounds), and the best so far go on.
 
     Args:
         candidates: How many.
@@ -144,6 +144,12 @@ class Race:
     """
 
     GROWTH = 1.5
+    """Passes after a round, to those before it."""
+    EARLY = 0.5
+    """How much more of a budget early rounds get: by the passes made before, to the power of minus this.
+
+    How far down the best may be after ``m`` passes falls faster than ``1/m``; a round costs in proportion to ``m``.
+    """
     LIKE = 4
     """Passes that the mean over all candidates counts as in the variance of one."""
 
@@ -193,7 +199,8 @@ class Race:
         budget = min(budget, math.inf if left is None else left)
         begin, end = self.made, self._rounds[self._round]
         if self._round and budget < math.inf:
-            share = budget / (len(self._rounds) - self._round)
+            weights = [made**-self.EARLY for made in self._rounds[self._round - 1 : -1]]
+            share = budget * weights[0] / sum(weights)
             each = sum(self._price.candidate[p] for p in self._order[begin:end])
             room = int((share - self._cost(0, begin, end)) // each)
             if room < 2:  # no share for a duel: the last passes go to the two best, while there are some
