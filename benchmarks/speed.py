@@ -360,11 +360,11 @@ def ranking(quick: bool, images: int = 50, captions: int = 1000, steps: int = 16
             part.replace(file)
             print(f"image {len(tables) + 1} of {images}: {spent:.0f} s", file=sys.stderr, flush=True)
         tables.append((np.load(file), texts.index(e.texts[0])))
-    price = Price((1,) * steps, (1,) * steps)
+    price = Price((1,) * steps)
     found = {"images": len(tables), "captions": len(texts), "timesteps": steps, "budgets": {}}
     whole = [int(t.mean(1).argmax()) for t, _ in tables]
     found["right by the whole score"] = float(np.mean([w == k for w, (_, k) in zip(whole, tables, strict=True)]))
-    least = (captions + 1) / steps
+    least = captions / steps
     equivalents = (least + 1, 2 * least) if quick else (75, 100, 125, 150, 200)
     for full in (*equivalents, None):
         budget = Budget(passes=None if full is None else int(full * steps))

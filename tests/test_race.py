@@ -7,12 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsd.backbone import load_backbone
 from dsd.baselines import baseline
 from dsd.contracts import ImageError, OptionError, choice_of
 from dsd.matcher import Matcher
 from dsd.race import Budget, Price, Race, Standing, middle_first, telling_first
-from dsd.scores import ScoreConfig
+from dsd.scorer import Scorer
+from dsd.scores import SCORES, ScoreConfig
 from dsd.tasks import world_task
+
+EXAMPLES = world_task("comvg", "val", "easy", 6, 0)
 
 
 def drawn(candidates: int, passes: int, seed: int, spread: float = 1.0) -> np.ndarray:
@@ -23,7 +27,7 @@ def drawn(candidates: int, passes: int, seed: int, spread: float = 1.0) -> np.nd
 
 
 def free(passes: int) -> Price:
-    return Price((1,) * passes, (0,) * passes)
+    return Price((1,) * passes)
 
 
 def run(table: np.ndarray, budget: Budget, price: Price | None = None) -> Standing:
@@ -88,10 +92,10 @@ def test_its_intervals_hold_the_whole_score() -> None:
     assert 0.93 < np.mean(hits) < 0.97
 
 
-@given(st.integers(2, 60), st.integers(2, 20), st.integers(0, 10**6), st.floats(1, 20), st.integers(0, 1))
-def test_a_budget_is_never_exceeded(candidates: int, passes: int, seed: int, times: float, shared: int) -> None:
-    price = Price((1,) * passes, (shared,) * passes)
-    budget = int(times * (candidates + shared))
+@given(st.integers(2, 60), st.integers(2, 20), st.integers(0, 10**6), st.floats(1, 20), st.booleans())
+def test_a_budget_is_never_exceeded(candidates: int, passes: int, seed: int, times: float, half: bool) -> None:
+    price = Price(tuple(1 + (half and p % 2) for p in range(passes)))
+    budget = int(times * 2 * candidates)
     found = run(drawn(candidates, passes, seed), Budget(passes=budget, error=0.01), price)
     assert found.passes.min() >= 1
     assert found.cost <= budget
@@ -142,6 +146,25 @@ def test_budgets_from_text() -> None:
         Race(0, free(4), Budget())
 
 
+KINDS = [
+    *(ScoreConfig(kind, (200, 600)) for kind in SCORES),
+    ScoreConfig("mixture", (200, 600), weights={"attention": 1.0, "denoising": 0.5}),
+]
+
+
+@pytest.mark.parametrize("score", KINDS, ids=lambda s: s.kind)
+def test_captions_of_an_image_differ_by_their_own_part_alone(score: ScoreConfig) -> None:
+    scorer = Scorer(load_backbone("tiny"), score)
+    pairs = [(EXAMPLES[0].images[0], e.texts[0]) for e in EXAMPLES[:3]]
+    rows = [(i, p) for i in range(3) for p in range(2)]
+    whole = scorer.contributions(pairs, rows).reshape(3, 2)
+    own = scorer.contributions(pairs, rows, relative=[True] * 3).reshape(3, 2)
+    assert np.allclose(own - own[0], whole - whole[0], atol=1e-5)
+    mixed = scorer.contributions(pairs, rows, relative=[False, True, False]).reshape(3, 2)
+    assert np.allclose(mixed[[0, 2]], whole[[0, 2]], atol=1e-5)
+    assert np.allclose(mixed[1], own[1], atol=1e-5)
+
+
 # Orders
 
 
@@ -179,9 +202,6 @@ def matcher() -> Matcher:
     return Matcher.from_pretrained("tiny", timesteps=(150, 250, 350, 450, 550, 650))
 
 
-EXAMPLES = world_task("comvg", "val", "easy", 6, 0)
-
-
 def test_contributions_are_what_scores_are_means_of(matcher: Matcher) -> None:
     pairs = [(EXAMPLES[0].images[0], e.texts[0]) for e in EXAMPLES[:3]]
     rows = [(i, p) for i in range(3) for p in range(6)]
@@ -200,9 +220,8 @@ def test_contributions_of_a_score_with_a_bare_one() -> None:
     rows = [(i, p) for i in range(2) for p in range(5)]
     found = matcher._scorer.contributions(pairs, rows).reshape(2, 5)
     assert np.allclose(found.mean(1), matcher.predict(pairs), atol=1e-5)
-    price = matcher._scorer.price(1, 2)
-    assert price == Price((1,) * 5, (0, 0, 0, 1, 1))
-    assert matcher._scorer.price(2, 1) == Price((1, 1, 1, 2, 2), (0,) * 5)
+    assert matcher._scorer.price(1, 2) == Price((1,) * 5)
+    assert matcher._scorer.price(2, 1) == Price((1, 1, 1, 2, 2))
     with pytest.raises(OptionError, match="one of either"):
         matcher._scorer.price(2, 2)
 
@@ -214,7 +233,9 @@ def test_a_ranking_without_error_is_that_of_the_whole_score(matcher: Matcher, of
     plain = matcher.rank(query, candidates)
     raced = matcher.rank(query, candidates, budget=Budget(error=1e-300))
     assert [r.index for r in raced] == [r.index for r in plain]
-    assert np.allclose([r.score for r in raced], [r.score for r in plain], atol=1e-5)
+    apart = np.array([r.score for r in raced]) - [r.score for r in plain]
+    assert np.allclose(apart, apart[0], atol=1e-5)
+    assert of == "texts" or np.allclose(apart, 0, atol=1e-5)
     assert {r.passes for r in raced} == {6}
     assert all(r.interval is not None and r.interval[0] <= r.score + 1e-5 for r in raced)
     assert {(r.interval, r.passes) for r in plain} == {(None, None)}
@@ -244,7 +265,10 @@ def test_a_ranking_on_a_budget(matcher: Matcher) -> None:
     finally:
         matcher.backbone.predict_noise = passes  # type: ignore[method-assign]
     with pytest.raises(OptionError, match="one pass for each"):
-        matcher.rank(image, texts, budget=6)  # and one under the empty caption
+        matcher.rank(image, texts, budget=5)
+    images = [e.images[0] for e in EXAMPLES]
+    with pytest.raises(OptionError, match="at least 12, one pass for each"):  # and one under the empty caption
+        matcher.rank(texts[0], images, budget=11)
 
 
 def test_choices_side_by_side_are_as_each_by_itself(matcher: Matcher) -> None:

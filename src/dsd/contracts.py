@@ -131,7 +131,8 @@ class Ranked:
     Attributes:
         index: Among the candidates.
         candidate: The text, or the image's name.
-        score: Higher is a better match; with a budget, an estimate for those that left the race.
+        score: Higher is a better match; with a budget, among captions up to a number that all share, and an estimate
+            for those that left the race.
         interval: With a budget, 95 % interval of what the whole score would be.
         passes: With a budget, the passes that were spent on it.
     """

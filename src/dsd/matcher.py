@@ -246,7 +246,7 @@ class Matcher:
             candidates: Captions for an image, images for a caption.
             budget: What it may cost; None makes all passes for all candidates. A number is of passes of the denoiser,
                 text such as ``10s`` of seconds. Passes then go to candidates that can still come first
-                (:mod:`dsd.race`).
+                (:mod:`dsd.race`). Scores of captions are then up to a number that all of them share.
             first_stage: A cheaper matcher that sees all candidates first, such as ``dsd.baselines.baseline("clip")``.
             keep: How many of the best by the first stage go on. The others are left out of the ranking.
             progress: Whether to show a progress bar.
@@ -299,9 +299,12 @@ class Matcher:
             ImageError, TextError: If an image or caption cannot be scored.
             OptionError: If a choice is none, or the budget has not a pass for each candidate.
         """
-        prices = [self._scorer.price(len({image_key(i) for i, _ in c}), len({t for _, t in c})) for c in choices]
+        images = [len({image_key(image) for image, _ in choice}) for choice in choices]
+        texts = [len({text for _, text in choice}) for choice in choices]
+        prices = [self._scorer.price(a, b) for a, b in zip(images, texts, strict=True)]
+        relative = [count == 1 for count in images]
         with tqdm(desc="racing", unit="pass", disable=not progress) as bar:
-            yield from run(self._scorer, choices, prices, Budget.of(budget), progress=bar)
+            yield from run(self._scorer, choices, prices, relative, Budget.of(budget), progress=bar)
 
     def telling_first(
         self,

@@ -27,7 +27,8 @@ class Budget:
     """What a choice may cost, and how sure it must be.
 
     Attributes:
-        passes: Of the denoiser at most, those under the empty caption counted. At least one a candidate is made.
+        passes: Of the denoiser at most, those under the empty caption counted: among images for a caption there is one
+            for each; among captions of an image none, as it is the same for all. At least one a candidate is made.
         seconds: After which no more passes are made. What is reached by then depends on the machine, so that results
             differ from run to run; ``passes`` gives the same each time.
         error: The probability, at most, that the candidate which the whole score would put first is dropped while the
@@ -73,15 +74,13 @@ class Budget:
 
 @dataclass(frozen=True)
 class Price:
-    """What the passes of a score cost, in passes of the denoiser.
+    """What the passes of a score cost.
 
     Attributes:
-        candidate: (passes,) of each pass what it costs a candidate.
-        shared: (passes,) what it costs all of them together, once.
+        passes: (passes,) of each pass what it costs a candidate, in passes of the denoiser.
     """
 
-    candidate: tuple[int, ...]
-    shared: tuple[int, ...]
+    passes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -89,10 +88,10 @@ class Standing:
     """Where a race stands.
 
     Attributes:
-        scores: (candidates,) float32. Of a candidate with all its passes its score; of another an estimate of it: the
-            score of the first, less what lay between the two in the passes that both have. In the order of the race:
-            who was dropped is below who went on.
-        low, high: (candidates,) float32, 95 % interval of what the whole score would be.
+        scores: (candidates,) float32, among captions of an image up to a number that all share. Of a candidate with all
+            its passes its score; of another an estimate of it: the score of the first, less what lay between the two in
+            the passes that both have. In the order of the race: who was dropped is below who went on.
+        low, high: (candidates,) float32, 95 % interval of what the whole score would be, up to the same number.
         passes: (candidates,) the passes that each has.
         cost: Passes of the denoiser so far, those under the empty caption counted.
         error: The probability, at most, that another would come first by the whole score; of the normal theory that
@@ -154,7 +153,7 @@ class Race:
     """Passes that the mean over all candidates counts as in the variance of one."""
 
     def __init__(self, candidates: int, price: Price, budget: Budget) -> None:
-        total = len(price.candidate)
+        total = len(price.passes)
         order = tuple(budget.order or middle_first(total))
         if sorted(order) != list(range(total)):
             raise OptionError(f"got the order {list(order)}, expected each of the score's passes 0 to {total - 1} once")
@@ -201,8 +200,7 @@ class Race:
         if self._round and budget < math.inf:
             weights = [made**-self.EARLY for made in self._rounds[self._round - 1 : -1]]
             share = budget * weights[0] / sum(weights)
-            each = sum(self._price.candidate[p] for p in self._order[begin:end])
-            room = int((share - self._cost(0, begin, end)) // each)
+            room = int(share // self._cost(1, begin, end))
             if room < 2:  # no share for a duel: the last passes go to the two best, while there are some
                 room = 2 if budget >= self._cost(2, begin, end) else 0
             if room < len(self._alive):
@@ -297,15 +295,19 @@ class Race:
 
     def _cost(self, candidates: int, begin: int, end: int) -> int:
         """Of some candidates' passes."""
-        made = self._order[begin:end]
-        return sum(candidates * self._price.candidate[p] + self._price.shared[p] for p in made)
+        return candidates * sum(self._price.passes[p] for p in self._order[begin:end])
 
 
 class Contributor(Protocol):
     """Who makes passes, such as a :class:`dsd.scorer.Scorer`."""
 
     def contributions(
-        self, pairs: Sequence[Pair], rows: Sequence[tuple[int, int]], *, progress: Any = None
+        self,
+        pairs: Sequence[Pair],
+        rows: Sequence[tuple[int, int]],
+        *,
+        relative: Sequence[bool] | None = None,
+        progress: Any = None,
     ) -> Float[np.ndarray, " rows"]:
         """What single passes add to scores: ``rows`` are numbers of pairs and of passes."""
         ...
@@ -315,6 +317,7 @@ def run(
     contributor: Contributor,
     choices: Sequence[Sequence[Pair]],
     prices: Sequence[Price],
+    relative: Sequence[bool],
     budget: Budget,
     *,
     progress: Any = None,
@@ -325,6 +328,7 @@ def run(
         contributor: Makes the passes.
         choices: Of each its candidates.
         prices: Of each choice.
+        relative: Of each choice, whether contributions up to what all captions of an image share will do.
         budget: ``passes`` for each choice, ``seconds`` for all.
         progress: A progress bar that counts passes.
 
@@ -337,6 +341,7 @@ def run(
     begun, made = time.monotonic(), 0
     races = [Race(len(pairs), price, budget) for pairs, price in zip(choices, prices, strict=True)]
     pairs = [pair for choice in choices for pair in choice]
+    leave = [r for choice, r in zip(choices, relative, strict=True) for _ in choice]
     starts = np.cumsum([0, *(len(choice) for choice in choices)])
     while True:
         left = None
@@ -349,7 +354,7 @@ def run(
         if not asked:
             return
         rows = [(start + i, p) for _, start, (alive, passes) in asked for i in alive for p in passes]
-        found = contributor.contributions(pairs, rows, progress=progress)
+        found = contributor.contributions(pairs, rows, relative=leave, progress=progress)
         done = 0
         for race, _, (alive, passes) in asked:
             count = len(alive) * len(passes)

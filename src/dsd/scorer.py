@@ -207,13 +207,20 @@ class Scorer:
         return total, table
 
     def contributions(
-        self, pairs: Sequence[Pair], rows: Sequence[tuple[int, int]], *, progress: Any = None
+        self,
+        pairs: Sequence[Pair],
+        rows: Sequence[tuple[int, int]],
+        *,
+        relative: Sequence[bool] | None = None,
+        progress: Any = None,
     ) -> Float[np.ndarray, " rows"]:
         """What single passes add to scores: the mean of a pair's contributions over all its passes is its score.
 
         Args:
             pairs: Images and captions.
             rows: Numbers of pairs and of passes: those at the score's timesteps first, then those of the bare score.
+            relative: Of each pair, whether to leave out what is the same for all captions of an image, and to save the
+                passes under the empty caption that it takes. Every score is a sum of that and of the caption's part.
             progress: A progress bar that counts passes.
 
         Raises:
@@ -227,25 +234,26 @@ class Scorer:
         found = np.zeros(len(rows), np.float32)
         bar = tqdm(disable=True) if progress is None else progress
 
-        def measure(score: Score, noise: Tensor, places: list[int], before: int, weight: float) -> None:
+        def measure(score: Score, noise: Tensor, places: list[int], before: int, weight: float, empty: bool) -> None:
             number = {rows[k]: k for k in places}
             scale = weight * config.passes / len(score.config.timesteps)
 
-            def take(index: list[int], step: Tensor, made: Pass, empty: Pass | None) -> None:
-                values = scale * score(made, empty, step)
+            def take(index: list[int], step: Tensor, made: Pass, other: Pass | None) -> None:
+                values = scale * score(made, made.nothing() if other is None else other, step)
                 for i, s, value in zip(index, step.tolist(), values.tolist(), strict=True):
                     found[number[i, s + before]] = value
 
             steps = [(i, s - before) for i, s in number]
-            self._passes(pairs, score, score.config.timesteps, noise, take, bar, steps)
+            self._passes(pairs, score, score.config.timesteps, noise, take, bar, steps, empty=empty)
 
-        mine = [k for k, (_, s) in enumerate(rows) if s < own]
-        if mine:
-            measure(self.score, self.noise, mine, 0, 1.0)
-        rest = [k for k, (_, s) in enumerate(rows) if s >= own]
-        if rest and self._bare is not None and self._bare_noise is not None:
-            with prompts.disabled(self.backbone.denoiser):
-                measure(self._bare, self._bare_noise, rest, own, config.bare_weight)
+        for empty in (True, False):
+            here = [k for k, (i, _) in enumerate(rows) if (relative is None or not relative[i]) == empty]
+            mine, rest = [k for k in here if rows[k][1] < own], [k for k in here if rows[k][1] >= own]
+            if mine:
+                measure(self.score, self.noise, mine, 0, 1.0, empty)
+            if rest and self._bare is not None and self._bare_noise is not None:
+                with prompts.disabled(self.backbone.denoiser):
+                    measure(self._bare, self._bare_noise, rest, own, config.bare_weight, empty)
         finite = np.ones(len(pairs), bool)
         for (i, _), good in zip(rows, np.isfinite(found), strict=True):
             finite[i] &= good
@@ -260,12 +268,11 @@ class Scorer:
         """
         if min(images, texts) != 1:
             raise OptionError(f"got a choice of {images} images and {texts} texts, expected one of either")
+        if images == 1:  # relative contributions will do
+            return Price((1,) * self.score.config.passes)
         own = [self.score.needs_empty] * len(self.score.config.timesteps)
         bare = [] if self._bare is None else [self._bare.needs_empty] * len(self._bare.config.timesteps)
-        empty = [int(needed) for needed in own + bare]  # once for each image
-        if images == 1:
-            return Price((1,) * len(empty), tuple(empty))
-        return Price(tuple(1 + e for e in empty), (0,) * len(empty))
+        return Price(tuple(1 + int(needed) for needed in own + bare))
 
     def features(
         self, pairs: Sequence[Pair], features: Measured, draws: int = 1, *, progress: bool = False
@@ -403,10 +410,13 @@ class Scorer:
         take: Callable[[list[int], Tensor, Pass, Pass | None], None],
         bar: Any,
         rows: Sequence[tuple[int, int]] | None = None,
+        *,
+        empty: bool = True,
     ) -> None:
         """Hands pairs at timesteps to ``take``: pairs, timesteps, passes under captions and the empty one.
 
-        ``rows`` are numbers of pairs and of timesteps; by default every pair at every timestep.
+        ``rows`` are numbers of pairs and of timesteps; by default every pair at every timestep. Without ``empty``, no
+        passes are made under the empty caption.
         """
         if rows is None:
             rows = [(i, s) for i in range(len(pairs)) for s in range(len(times))]
@@ -422,7 +432,7 @@ class Scorer:
         texts = self.texts([text for _, text in pairs])
         timesteps = torch.tensor(times, device=self.backbone.device)
         shared = {key: k for k, key in enumerate(dict.fromkeys((image_of[i], s) for i, s in rows))}
-        empty = self._empty_passes(latents, list(shared), timesteps, what, noise)
+        blank = self._empty_passes(latents, list(shared), timesteps, what, noise) if empty else None
 
         # a pass takes captions of one length only, so that nothing is padded for another's sake
         lengths: dict[int, list[tuple[int, int]]] = {}
@@ -451,7 +461,7 @@ class Scorer:
                     over=what.over,
                     predict=what.sees_noise,
                 )
-                other = None if empty is None else empty.rows([shared[image_of[i], s] for i, s in part])
+                other = None if blank is None else blank.rows([shared[image_of[i], s] for i, s in part])
                 take(index, step, made, other)
                 done += len(part)
                 bar.update(len(part))

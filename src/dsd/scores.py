@@ -53,6 +53,14 @@ class Pass:
         }
         return Pass(self.noise[rows], None if self.predicted is None else self.predicted[rows], records)
 
+    def nothing(self) -> Pass:
+        """Passes of these rows that add nothing to any score: without error, without attention."""
+        records = {
+            name: LayerRecord(torch.zeros_like(r.own), None if r.all is None else torch.zeros_like(r.all), None)
+            for name, r in self.records.items()
+        }
+        return Pass(self.noise, self.noise, records)
+
     @staticmethod
     def join(parts: Sequence[Pass]) -> Pass:
         """One pass over the rows of many."""
