@@ -36,8 +36,8 @@ _SIDE = 256
 _QUIET = frozenset("a an the of to is are and , .".split())
 """Words that a sheet leaves out."""
 
-_DASH = "−", "–"
-"""The minus sign, and a dash that looks like it, for fonts that have none."""
+_MINUS = "−"
+"""Fonts that have none get what looks most like it."""
 
 Shown = Explanation | TextDifference | ImageDifference
 
@@ -152,7 +152,7 @@ def _rgb(code: str) -> tuple[int, int, int]:
 
 def number(value: float, digits: int = 3, sign: bool = False) -> str:
     """A number for people, with a minus sign that is as wide as a digit."""
-    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", _MINUS)
 
 
 def sheet(shown: Shown) -> Page:
@@ -417,7 +417,7 @@ class _Raster(_Canvas):
 
     def text(self, x: float, y: float, text: str, anchor: Anchor, size: float, colour: str) -> None:
         font = ImageFont.load_default(size * self.SCALE)
-        text = text.replace(*_DASH)
+        text = text.replace(_MINUS, "-")
         side = {"start": "l", "middle": "m", "end": "r"}[anchor]
         self._pen.text((x * self.SCALE, y * self.SCALE), text, fill=colour, font=font, anchor=f"{side}s")
 
@@ -465,7 +465,7 @@ class _Pdf(_Canvas):
 
     def text(self, x: float, y: float, text: str, anchor: Anchor, size: float, colour: str) -> None:
         try:
-            coded = text.replace(*_DASH).encode("cp1252")
+            coded = text.replace(_MINUS, "–").encode("cp1252")
         except UnicodeEncodeError:
             return self._drawn(x, y, text, anchor, size, colour)
         x -= {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * _length(text, size)
@@ -476,7 +476,7 @@ class _Pdf(_Canvas):
         return None
 
     def _drawn(self, x: float, y: float, text: str, anchor: Anchor, size: float, colour: str) -> None:
-        font, text = ImageFont.load_default(4 * size), text.replace(*_DASH)
+        font, text = ImageFont.load_default(4 * size), text.replace(_MINUS, "-")
         left, top, right, bottom = font.getbbox(text, anchor="ls")
         picture = Image.new("RGB", (max(1, round(right - left)), max(1, round(bottom - top))), _PAPER)
         ImageDraw.Draw(picture).text((-left, -top), text, fill=colour, font=font, anchor="ls")
@@ -523,7 +523,7 @@ _WIDTHS = dict(zip(map(chr, range(32, 127)), map(int, _HELVETICA.split()), stric
     "“": 333,
     "”": 333,
     "…": 1000,
-    "−": 556,
+    _MINUS: 556,
 }
 """Of Helvetica's letters, in thousandths of the size (Adobe's metrics)."""
 
