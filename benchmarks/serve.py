@@ -54,9 +54,7 @@ def main() -> None:
             pool = (images, texts, right)
             load(url, 1, 2.0, pool)  # what is loaded when it is first used
             one = load(url, 1, a.seconds / 3, pool)
-            before = _batches(url)
             many = load(url, a.clients, a.seconds, pool)
-            after = _batches(url)
         finally:
             process.terminate()
     result = {
@@ -65,12 +63,12 @@ def main() -> None:
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "threads": os.environ.get("OMP_NUM_THREADS"),
+        "pool": {"images": len(images), "texts": len(texts)},
         "versions": dict(installed_versions()),
         "start_seconds": round(started, 2),
         "one_client": one,
         "many_clients": many,
         "speedup": round(many["requests_per_second"] / one["requests_per_second"], 2),
-        "requests_per_batch": round((after[0] - before[0]) / (after[1] - before[1]), 2),
     }
     text = json.dumps(result, indent=1) + "\n"
     print(text)
@@ -101,6 +99,7 @@ def load(url: str, clients: int, seconds: float, pool: tuple[Any, Any, np.ndarra
                 took.append(time.perf_counter() - began)
                 worst[0] = max(worst[0], abs(float(score) - float(right[i, j])))
 
+    before = _batches(url)
     began = time.perf_counter()
     threads = [threading.Thread(target=ask, args=(k,)) for k in range(clients)]
     for thread in threads:
@@ -108,6 +107,7 @@ def load(url: str, clients: int, seconds: float, pool: tuple[Any, Any, np.ndarra
     for thread in threads:
         thread.join()
     wall = time.perf_counter() - began
+    requests, batches, scoring = np.subtract(_batches(url), before)
     return {
         "clients": clients,
         "seconds": round(wall, 1),
@@ -118,14 +118,17 @@ def load(url: str, clients: int, seconds: float, pool: tuple[Any, Any, np.ndarra
         "wrong": worst[0] > TOLERANCE,
         "requests_per_second": round(len(took) / wall, 2),
         "latency_ms": {f"p{q}": round(1000 * float(np.percentile(took, q)), 1) for q in (50, 95, 99)},
+        "requests_per_batch": round(requests / batches, 2),
+        "scoring_ms_per_request": round(1000 * scoring / requests, 2),
+        "share_of_time_scoring": round(scoring / wall, 3),
     }
 
 
-def _batches(url: str) -> tuple[float, float]:
-    """Requests answered and batches scored so far, as the server counts them."""
+def _batches(url: str) -> tuple[float, float, float]:
+    """Requests answered, batches scored and seconds of scoring so far, as the server counts them."""
     text = httpx2.get(f"{url}v1/metrics").text
     found = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
-    return found["dsd_batch_requests_sum"], found["dsd_batch_requests_count"]
+    return found["dsd_batch_requests_sum"], found["dsd_batch_requests_count"], found["dsd_batch_seconds_sum"]
 
 
 def processor() -> str:

@@ -182,6 +182,17 @@ def test_joint_maps_take_the_evidence_of_the_phrase(matcher: Matcher, monkeypatc
     assert asked == [TEXT, "a left of a blue square", "a red circle of a blue square"]
 
 
+def test_joint_maps_are_made_of_their_parts(matcher: Matcher) -> None:
+    def drawn(method: Any, *spans: tuple[int, int]) -> np.ndarray:
+        config = ExplainConfig(method, timesteps=(300, 600), draws=2)
+        return word_maps(matcher._scorer, IMAGES[0], TEXT, spans, config=config)
+
+    word, phrase = drawn("attention", (2, 3), (1, 3))
+    (agreement,) = drawn("agreement", (1, 3))
+    for span, attention in (((2, 3), (word / word.max() + phrase / phrase.max()) / 2 * word.max()), ((1, 3), phrase)):
+        np.testing.assert_allclose(drawn("joint", span)[0], np.sqrt(agreement * attention), atol=1e-5)
+
+
 def test_layers_and_heads_can_be_chosen(matcher: Matcher) -> None:
     def drawn(**what: Any) -> np.ndarray:
         config = ExplainConfig("raw-attention", timesteps=(300,), draws=1, **what)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -37,7 +40,8 @@ from dsd.evaluate import evaluate
 from dsd.matcher import Matcher
 from dsd.scores import ScoreConfig
 from dsd.web import ServeConfig, Shelf, create_app
-from dsd.web.worker import Busy, Stopping, Worker
+from dsd.web.server import listen
+from dsd.web.worker import Busy, Stopping, Worker, _Batch
 from models import picture, save_adapter, toy
 
 sys.path.insert(0, str(Path(__file__).parent / "browser"))
@@ -374,6 +378,71 @@ def test_requests_of_several_clients_become_one_batch() -> None:
     worker.close(5)
 
 
+def test_a_batch_waits_for_those_who_were_answered_last_and_a_client_alone_for_nobody() -> None:
+    gate = Gate(opened=True)
+    worker = Worker(Shelf({"gate": gate}), ServeConfig(batch_wait=60))
+    worker._last = _Batch("gate", requests=1, left=1, seconds=400, end=time.monotonic())
+    first = worker.score("gate", [("x", "a")])
+    assert not gate.asked.wait(0.1)
+    second = worker.score("gate", [("x", "bb")])  # now all are back
+    assert (first.result(5).tolist(), second.result(5).tolist(), gate.batches) == ([1], [2], [2])
+
+    for last in (
+        _Batch("gate", requests=1, left=0, seconds=400, end=time.monotonic()),
+        _Batch("another", requests=9, left=0, seconds=400, end=time.monotonic()),
+        _Batch("gate", requests=9, left=0, seconds=400, end=time.monotonic() - 101),  # they will not come back
+    ):
+        worker._last = last
+        assert worker.score("gate", [("x", "ccc")]).result(5).tolist() == [3]
+    with worker.coming():  # but not for long
+        assert worker.score("gate", [("x", "dddd")]).result(5).tolist() == [4]
+    worker.close(5)
+
+
+def test_pictures_of_the_same_pixels_are_one_object_for_a_matcher() -> None:
+    class Objects(Gate):
+        def predict(self, pairs: Any, *, progress: bool = False) -> np.ndarray:
+            self.seen = [image for image, _ in pairs]
+            return super().predict(pairs)
+
+    gate = Objects()
+    with TestClient(create_app(gate), base_url=URL) as http, ThreadPoolExecutor(4) as pool:
+        body = {"images": [IMAGE], "texts": ["abc"]}
+        first = pool.submit(http.post, "/v1/score", json=body)
+        assert gate.asked.wait(5)
+        bmp = io.BytesIO()
+        picture(0).save(bmp, "BMP")
+        others = [
+            pool.submit(http.post, "/v1/score", json={"images": [text], "texts": ["abcd"]})
+            for text in (IMAGE, base64.b64encode(bmp.getvalue()).decode(), png(picture(1)))
+        ]
+        service = http.app.state.service  # type: ignore[attr-defined]
+        while service.worker.waiting < 3:
+            time.sleep(0.01)
+        gate.open.set()
+        assert all(f.result(5).status_code == 200 for f in (first, *others))
+        assert len({id(image) for image in gate.seen}) == 2
+        del gate.seen
+        deadline = time.monotonic() + 5
+        while len(service._pictures) and time.monotonic() < deadline:  # nothing is kept
+            gc.collect()
+            time.sleep(0.01)
+        assert len(service._pictures) == 0
+
+
+def test_small_batches_use_one_thread_and_what_was_set_comes_back(local: Matcher) -> None:
+    shelf = Shelf({"local": local, "lengths": Gate()})
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for name, pairs, threads in (("local", 1, 1), ("local", 1000, 2), ("lengths", 1, 2)):
+            with shelf.threads(name, pairs):
+                assert torch.get_num_threads() == threads
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_bad_request_spoils_no_other() -> None:
     gate = Gate()
     worker = Worker(Shelf({"gate": gate}), ServeConfig())
@@ -583,6 +652,16 @@ def test_the_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str], tmp_
         assert main(["serve", *options]) == 2
         said = capsys.readouterr().err
         assert "expected" in said or "choose another" in said
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    """asyncio turns Nagle's algorithm off for sockets that say they are TCP, and for no others."""
+    with listen(ServeConfig(port=0)) as bound:
+        bound.listen()
+        with socket.create_connection(bound.getsockname()):
+            taken, _ = bound.accept()
+            with taken:
+                assert taken.proto == socket.IPPROTO_TCP
 
 
 @pytest.mark.slow

@@ -14,7 +14,8 @@ caption, ``eps(c)``, and under the caption without the word, ``eps(c')``, at eve
   alike stay dark.
 - ``raw-attention``: the same as a share of all tokens, start, end and padding included, and nothing taken off.
 - ``joint``: the geometric mean of attention and agreement, which err in different places. A word within a noun phrase
-  takes the agreement of the phrase: with "circle" alone left out of "a red circle", what is left is no caption.
+  takes the agreement of the phrase: with "circle" alone left out of "a red circle", what is left is no caption. Of
+  attention it takes half from the phrase, for that is what tells its circle from others.
 
 Errors of the noise are averaged over its draws, each timestep in units of its own mean effect; attention is averaged
 over layers, each brought to the picture's size, heads, timesteps and draws. Where prompts were learned for a score of
@@ -213,10 +214,14 @@ class _Drawer:
         elif method == "joint":
             around = [next((p for p in noun_phrases(words) if p[0] <= a and b <= p[1]), (a, b)) for a, b in spans]
             phrases = list(dict.fromkeys(around))
-            agreement = dict(zip(phrases, self._errors(text, words, phrases, "agreement"), strict=True))
-            attention = self._attention(text, spans, raw=False)
+            agreement = dict(zip(phrases, self._errors(text, words, phrases, "agreement").clamp(min=0), strict=True))
+            every = list(dict.fromkeys([*spans, *phrases]))
+            attention = dict(zip(every, self._attention(text, every, raw=False).clamp(min=0), strict=True))
             found = torch.stack(
-                [(agreement[p].clamp(min=0) * a.clamp(min=0)).sqrt() for p, a in zip(around, attention, strict=True)]
+                [
+                    (agreement[p] * _within(attention[s], attention[p])).sqrt()
+                    for s, p in zip(spans, around, strict=True)
+                ]
             )
         else:
             found = self._errors(text, words, spans, method)
@@ -298,6 +303,13 @@ class _Drawer:
 
         scorer.in_parts(len(steps), look)
         return total / (len(steps) * len(layers))
+
+
+def _within(word: Float[Tensor, "h w"], phrase: Float[Tensor, "h w"]) -> Float[Tensor, "h w"]:
+    """The mean of a word's map and its phrase's, each in shares of its peak, in the word's unit."""
+    if not word.max() > 0 or not phrase.max() > 0:
+        return word
+    return (word + phrase * (word.max() / phrase.max())) / 2
 
 
 def enlarged(grid: Float[Tensor, "*n h w"], size: int) -> Float[Tensor, "*n size size"]:

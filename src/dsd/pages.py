@@ -24,7 +24,7 @@ from dsd.evaluate import Result, write_bytes
 from dsd.explanation import Explanation, TextDifference, data_uri
 from dsd.images import load_image
 from dsd.metrics import Choice, choices
-from dsd.pictures import HEAT, Shown, grown, sheet, veil
+from dsd.pictures import HEAT, Shown, grown, number, sheet, veil
 from dsd.report import format_interval
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html", ".npz", ".json")
@@ -127,13 +127,13 @@ def explanation_page(shown: Shown) -> str:
             )
         ]
         changes = _bars([(f"{c.a or '(nothing)'} / {c.b or '(nothing)'}", c.share) for c in shown.changes])
-        difference = f"{shown.difference:+.4f}"
+        difference = number(shown.difference, 4, sign=True)
     else:
         first = shown.a
         title, lead = f"“{first.text}”", "Why the caption fits one picture better than the other."
         panels = [_panel(shown.a, "first", "A", shares=True), _panel(shown.b, "second", "B", shares=True)]
         by_word = _bars(list(zip(first.words, shown.by_word, strict=True)))
-        difference = f"{shown.difference:+.4f}"
+        difference = number(shown.difference, 4, sign=True)
     return _render(
         "explanation.html",
         title=title,
@@ -239,7 +239,7 @@ def _failure(margin: _Margin, example: Example, explain: Explain | None) -> dict
         (example.images[i if of_images else choice.given], example.texts[choice.given if of_images else i])
         for i in (right, wrong)
     ]
-    numbers = [f"{s:.4f}" for s in choice.scores]
+    numbers = [number(s, 4) for s in choice.scores]
     panels = []
     for (image, text), tag, tone, i in zip(
         pairs, ("matches", "does not match"), ("won", "lost"), (right, wrong), strict=True
@@ -301,7 +301,7 @@ def _panel(
 ) -> dict[str, Any]:
     decides = {i for start, stop in decisive for i in range(start, stop)}
     phrases = [p for p in e.phrases if p.stop - p.start > 1]
-    values = _bare(e.image, e.text, f"{e.score:.4f}" if score is None else score, side, tag, tone)
+    values = _bare(e.image, e.text, number(e.score, 4) if score is None else score, side, tag, tone)
     values |= {
         "plain": False,
         "words": [
@@ -341,7 +341,7 @@ def _bars(rows: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
         found.append(
             {
                 "name": name,
-                "value": f"{value:+.4f}" if math.isfinite(value) else "none",
+                "value": number(value, 4, sign=True) if math.isfinite(value) else "none",
                 "zero": round(zero, 2),
                 "less": bool(value < 0),
                 "left": round(zero - wide if value < 0 else zero, 2),

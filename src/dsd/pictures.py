@@ -27,11 +27,17 @@ HEAT = ("#000004", "#1d1147", "#51127c", "#822681", "#b63679", "#e65164", "#fb88
 FIRST, SECOND = "#e07b00", "#2f74bb"
 """What speaks for the first of two, and for the second: apart in hue and in lightness, for every kind of sight."""
 
+FIRST_TEXT = "#b05a00"
+"""The first as letters, dark enough to be read on white."""
+
 _PAPER, _INK, _SOFT, _RULE, _WASH = "#ffffff", "#1b1d22", "#5b606b", "#dedfe0", "#f1f1ee"
 _SIDE = 256
 """Pixels a side that small pictures are grown to before heat is laid over them, and large ones shrunk."""
 _QUIET = frozenset("a an the of to is are and , .".split())
 """Words that a sheet leaves out."""
+
+_MINUS = "−"
+"""Fonts that have none get what looks most like it."""
 
 Shown = Explanation | TextDifference | ImageDifference
 
@@ -144,6 +150,11 @@ def _rgb(code: str) -> tuple[int, int, int]:
 # Sheets
 
 
+def number(value: float, digits: int = 3, sign: bool = False) -> str:
+    """A number for people, with a minus sign that is as wide as a digit."""
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", _MINUS)
+
+
 def sheet(shown: Shown) -> Page:
     """The page that shows an explanation or a difference."""
     if isinstance(shown, Explanation):
@@ -157,10 +168,10 @@ _WIDTH = _COLUMNS * (_TILE + _GAP) + _GAP
 
 def _explanation_sheet(e: Explanation) -> Page:
     page = Page(_WIDTH)
-    y = _heading(page, f"“{e.text}”", f"score {e.score:.3f}")
+    y = _heading(page, f"“{e.text}”", f"score {number(e.score)}")
     tiles = [_Tile("the picture", grown(e.image)), *_phrase_tiles(e), *_word_tiles(e)]
     y = _tiles(page, tiles, y)
-    page.height = _legend(page, y)
+    page.height = _legend(page, y, "most, each map on its own scale; below a word, what the score loses without it")
     return page
 
 
@@ -170,7 +181,7 @@ def _text_sheet(d: TextDifference) -> Page:
     for name, e, colour in (("A", d.a, FIRST), ("B", d.b, SECOND)):
         page.box(_GAP, y - 13, 4, 18, colour)
         page.text(_GAP + 12, y, f"{name}  “{e.text}”", size=16, width=_WIDTH - 200)
-        page.text(_WIDTH - _GAP, y, f"score {e.score:.3f}", anchor="end", size=13, colour=_SOFT)
+        page.text(_WIDTH - _GAP, y, f"score {number(e.score)}", anchor="end", size=13, colour=_SOFT)
         y += 26
     y += 4
     large = 2 * _TILE + _GAP
@@ -178,11 +189,13 @@ def _text_sheet(d: TextDifference) -> Page:
     page.image(2 * _GAP + large, y, large, signed_overlay(grown(d.a.image), d.map))
     page.text(_GAP + large / 2, y + large + 18, "the picture", anchor="middle", size=13, colour=_SOFT)
     x = 2 * _GAP + 1.5 * large
-    page.text(x - 6, y + large + 18, "A explains more", anchor="end", size=13, colour=FIRST)
+    page.text(x - 6, y + large + 18, "A explains more", anchor="end", size=13, colour=FIRST_TEXT)
     page.text(x + 6, y + large + 18, "B explains more", size=13, colour=SECOND)
     left = 3 * _GAP + 2 * large
     right = _WIDTH - _GAP
-    page.text(left, y + 12, f"score of A less that of B: {d.difference:+.3f}", size=14, width=right - left)
+    page.text(
+        left, y + 12, f"score of A less that of B: {number(d.difference, sign=True)}", size=14, width=right - left
+    )
     page.text(left, y + 32, "what each change of words adds", size=12, colour=_SOFT)
     _bars(
         page,
@@ -198,10 +211,10 @@ def _text_sheet(d: TextDifference) -> Page:
 
 def _image_sheet(d: ImageDifference) -> Page:
     page = Page(_WIDTH)
-    y = _heading(page, f"“{d.a.text}”", f"score of A less that of B: {d.difference:+.3f}")
+    y = _heading(page, f"“{d.a.text}”", f"score of A less that of B: {number(d.difference, sign=True)}")
     for name, e, colour in (("A", d.a, FIRST), ("B", d.b, SECOND)):
         page.box(_GAP, y, 4, 18, colour)
-        page.text(_GAP + 12, y + 14, f"{name}   score {e.score:.3f}", size=14)
+        page.text(_GAP + 12, y + 14, f"{name}   score {number(e.score)}", size=14)
         tiles = [_Tile("the picture", grown(e.image)), *_phrase_tiles(e)][:_COLUMNS]
         top = _tiles(page, tiles, y + 28)
         if len(tiles) < _COLUMNS - 1:
@@ -211,7 +224,7 @@ def _image_sheet(d: ImageDifference) -> Page:
             rows = sorted(rows, key=lambda r: -abs(r[1]))[:6]
             _bars(page, rows, left, _WIDTH - _GAP, y + 54, colours=(colour, _SOFT), step=24)
         y = top + 8
-    page.height = _legend(page, y)
+    page.height = _legend(page, y, "most, each map on its own scale")
     return page
 
 
@@ -230,7 +243,7 @@ def _phrase_tiles(e: Explanation) -> list[_Tile]:
 def _word_tiles(e: Explanation) -> list[_Tile]:
     large = grown(e.image)
     return [
-        _Tile(word, overlay(large, heat), f"{value:+.3f}" if np.isfinite(value) else "")
+        _Tile(word, overlay(large, heat), number(value, sign=True) if np.isfinite(value) else "")
         for word, heat, value in zip(e.words, e.maps, e.by_word, strict=True)
         if word not in _QUIET
     ]
@@ -247,12 +260,22 @@ def _tiles(page: Page, tiles: Sequence[_Tile], y: float) -> float:
         x = _GAP + i % _COLUMNS * (_TILE + _GAP)
         top = y + i // _COLUMNS * (_TILE + 46)
         page.image(x, top, _TILE, tile.image)
-        page.text(x + _TILE / 2, top + _TILE + 17, tile.label, anchor="middle", size=14, width=_TILE)
+        for k, line in enumerate(_lines(tile.label, 14, _TILE)):
+            page.text(x + _TILE / 2, top + _TILE + 17 * (k + 1), line, anchor="middle", size=14, width=_TILE)
         page.text(x + _TILE / 2, top + _TILE + 33, tile.note, anchor="middle", size=11.5, colour=_SOFT)
     return y + -(-len(tiles) // _COLUMNS) * (_TILE + 46)
 
 
-def _legend(page: Page, y: float) -> float:
+def _lines(text: str, size: float, width: float) -> list[str]:
+    """A label in one line, or in two if it is too long for one: as alike in length as its words allow."""
+    words = text.split()
+    if _length(text, size) <= width or len(words) < 2:
+        return [text]
+    halves = [(" ".join(words[:k]), " ".join(words[k:])) for k in range(1, len(words))]
+    return list(min(halves, key=lambda half: max(_length(line, size) for line in half)))
+
+
+def _legend(page: Page, y: float, note: str) -> float:
     """The colour scale; returns where the page ends."""
     x, wide = _GAP, 150.0
     page.text(x, y + 13, "least", size=11.5, colour=_SOFT)
@@ -260,7 +283,6 @@ def _legend(page: Page, y: float) -> float:
     anchors = np.array([_rgb(code) for code in HEAT], float)
     colour = np.stack([np.interp(strip, np.linspace(0, 1, len(anchors)), c) for c in anchors.T], -1)
     page.image(x + 34, y + 5, wide, Image.fromarray(colour.round().astype(np.uint8)), high=9)
-    note = "most, each map on its own scale; below a word, what the score loses without it"
     page.text(x + 42 + wide, y + 13, note, size=11.5, colour=_SOFT)
     return y + 28
 
@@ -290,7 +312,7 @@ def _bars(
         wide = half * abs(value) / most
         page.box(middle if value >= 0 else middle - wide, top, max(wide, 0.5), 12, colours[0 if value >= 0 else 1])
         place, anchor = (middle + wide + 5, "start") if value >= 0 else (middle - wide - 5, "end")
-        page.text(place, top + 10, f"{value:+.3f}", anchor=anchor, size=11.5, colour=_SOFT)  # type: ignore[arg-type]
+        page.text(place, top + 10, number(value, sign=True), anchor=anchor, size=11.5, colour=_SOFT)  # type: ignore[arg-type]
         page.box(middle - 0.5, top - 3, 1, 18, _SOFT)
 
 
@@ -395,6 +417,7 @@ class _Raster(_Canvas):
 
     def text(self, x: float, y: float, text: str, anchor: Anchor, size: float, colour: str) -> None:
         font = ImageFont.load_default(size * self.SCALE)
+        text = text.replace(_MINUS, "-")
         side = {"start": "l", "middle": "m", "end": "r"}[anchor]
         self._pen.text((x * self.SCALE, y * self.SCALE), text, fill=colour, font=font, anchor=f"{side}s")
 
@@ -442,7 +465,7 @@ class _Pdf(_Canvas):
 
     def text(self, x: float, y: float, text: str, anchor: Anchor, size: float, colour: str) -> None:
         try:
-            coded = text.encode("cp1252")
+            coded = text.replace(_MINUS, "–").encode("cp1252")
         except UnicodeEncodeError:
             return self._drawn(x, y, text, anchor, size, colour)
         x -= {"start": 0.0, "middle": 0.5, "end": 1.0}[anchor] * _length(text, size)
@@ -453,7 +476,7 @@ class _Pdf(_Canvas):
         return None
 
     def _drawn(self, x: float, y: float, text: str, anchor: Anchor, size: float, colour: str) -> None:
-        font = ImageFont.load_default(4 * size)
+        font, text = ImageFont.load_default(4 * size), text.replace(_MINUS, "-")
         left, top, right, bottom = font.getbbox(text, anchor="ls")
         picture = Image.new("RGB", (max(1, round(right - left)), max(1, round(bottom - top))), _PAPER)
         ImageDraw.Draw(picture).text((-left, -top), text, fill=colour, font=font, anchor="ls")
@@ -500,6 +523,7 @@ _WIDTHS = dict(zip(map(chr, range(32, 127)), map(int, _HELVETICA.split()), stric
     "“": 333,
     "”": 333,
     "…": 1000,
+    _MINUS: 556,
 }
 """Of Helvetica's letters, in thousandths of the size (Adobe's metrics)."""
 

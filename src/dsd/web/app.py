@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import numpy as np
 from anyio import to_thread
@@ -21,6 +22,7 @@ from starlette.exceptions import HTTPException
 
 from dsd import __version__
 from dsd.contracts import DsdError, MatcherProtocol, OptionError
+from dsd.images import content_hash
 from dsd.web import wire
 from dsd.web.config import ServeConfig
 from dsd.web.guard import Guard, Meters
@@ -67,6 +69,7 @@ class Service:
         self.taught: set[str] = set()
         """Names of what was learned in the playground."""
         self._shelf = shelf
+        self._pictures: WeakValueDictionary[str, Image.Image] = WeakValueDictionary()
         self.worker = Worker(shelf, config, self.meters.observe)
         self.meters.waiting.set_function(lambda: self.worker.waiting)
 
@@ -107,14 +110,26 @@ class Service:
     async def read(self, request: Request, kind: type[R]) -> R:
         return await wire.read_request(request, kind, self.config)
 
+    async def asked(self, request: Request, kind: type[R]) -> tuple[R, str, list[Image.Image]]:
+        """A request for scores, the name of the model it is for, and its images."""
+        with self.worker.coming():
+            found = await self.read(request, kind)
+            name = self.name_of(getattr(found, "model", None))
+            return found, name, await self.images(getattr(found, "images", ()), name)
+
     async def images(self, texts: Sequence[str], name: str) -> list[Image.Image]:
-        """Images of a request => RGB of the model's size, decoded beside the event loop."""
+        """Images of a request => RGB of the model's size, decoded beside the event loop.
+
+        Pictures of the same pixels are one object for as long as any request needs them, whoever sent them: a matcher
+        does once for an object what does not depend on its caption.
+        """
         size = self.peek(name).config.get("size")
 
-        def decode() -> list[Image.Image]:
-            return [wire.read_image(text, f"image {i}", self.config, size) for i, text in enumerate(texts)]
+        def decode() -> list[tuple[str, Image.Image]]:
+            found = [wire.read_image(text, f"image {i}", self.config, size) for i, text in enumerate(texts)]
+            return [(content_hash(image), image) for image in found]
 
-        return await to_thread.run_sync(decode)
+        return [self._pictures.setdefault(key, image) for key, image in await to_thread.run_sync(decode)]
 
     async def done(self, future: Future[T]) -> T:
         """What the worker makes of it, within the time that a request has."""
@@ -220,9 +235,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @post("score", wire.ScoreRequest, wire.Scores, "Score every image against every text")
     async def score(request: Request) -> wire.Scores:
-        asked = await service.read(request, wire.ScoreRequest)
-        name = service.name_of(asked.model)
-        images = await service.images(asked.images, name)
+        asked, name, images = await service.asked(request, wire.ScoreRequest)
         flat = await service.scores(name, [(image, text) for image in images for text in asked.texts])
         table = flat.reshape(len(images), len(asked.texts))
         scale = scale_of(service.peek(name))
@@ -236,17 +249,13 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @post("predict", wire.PredictRequest, wire.Predictions, "Score some pairs of images and texts")
     async def predict(request: Request) -> wire.Predictions:
-        asked = await service.read(request, wire.PredictRequest)
-        name = service.name_of(asked.model)
-        images = await service.images(asked.images, name)
+        asked, name, images = await service.asked(request, wire.PredictRequest)
         scores = await service.scores(name, [(images[i], asked.texts[j]) for i, j in asked.pairs])
         return wire.Predictions(model=name, scores=scores.tolist())
 
     @post("rank", wire.RankRequest, wire.Ranking, "Rank texts for one image, or images for one text")
     async def rank(request: Request) -> wire.Ranking:
-        asked = await service.read(request, wire.RankRequest)
-        name = service.name_of(asked.model)
-        images = await service.images(asked.images, name)
+        asked, name, images = await service.asked(request, wire.RankRequest)
         flat = await service.scores(name, [(image, text) for image in images for text in asked.texts])
         scale = scale_of(service.peek(name))
         # probabilities are of texts given an image

@@ -32,7 +32,7 @@ class ServeConfig:
         connections: Requests in work at once; beyond, 503.
         queue: Pairs that wait for the model at most; beyond, 429.
         batch: Pairs that are scored in one call at most, of however many clients.
-        batch_wait: Seconds that a batch which is not full waits for more.
+        batch_wait: Seconds at most that a batch which is not full waits for those who were answered last to ask again.
         teach: Whether the playground may learn.
         max_marks: Labelled pairs of a lesson.
         max_lessons: Lessons that are kept; the oldest goes.
@@ -58,7 +58,7 @@ class ServeConfig:
     connections: int = 256
     queue: int = 4096
     batch: int = 64
-    batch_wait: float = 0.002
+    batch_wait: float = 0.1
     teach: bool = True
     max_marks: int = 256
     max_lessons: int = 8

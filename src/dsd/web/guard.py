@@ -17,6 +17,8 @@ from dsd.web.wire import HttpError
 OPEN = ("/", "/docs", "/v1/health", "/v1/openapi.json")
 """Paths that ask for no token: they say nothing that the package does not."""
 
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
 
 class Meters:
     """What is measured, in a registry of its own."""
@@ -30,7 +32,7 @@ class Meters:
             "dsd_request_seconds",
             "From a request's arrival to its answer",
             ["route"],
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+            buckets=_SECONDS,
             registry=self.registry,
         )
         self.active = Gauge("dsd_requests_active", "Requests in work", registry=self.registry)
@@ -41,10 +43,14 @@ class Meters:
         self.batch_requests = Histogram(
             "dsd_batch_requests", "Requests answered by a batch", buckets=sizes, registry=self.registry
         )
+        self.batch_seconds = Histogram(
+            "dsd_batch_seconds", "Scoring of a batch", buckets=_SECONDS, registry=self.registry
+        )
 
-    def observe(self, pairs: int, requests: int) -> None:
+    def observe(self, pairs: int, requests: int, seconds: float) -> None:
         """Counts a batch."""
         self.pairs.inc(pairs)
+        self.batch_seconds.observe(seconds)
         self.batch_pairs.observe(pairs)
         self.batch_requests.observe(requests)
 

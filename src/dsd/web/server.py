@@ -19,7 +19,8 @@ def listen(config: ServeConfig) -> socket.socket:
         OptionError: The address is taken, or not this machine's.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    found = socket.socket(family)
+    # with its protocol said, for otherwise asyncio leaves Nagle's algorithm on, and each answer waits 40 ms for an ACK
+    found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind((config.host, config.port))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 from dsd.contracts import MatcherProtocol, OptionError
+
+_SHARE = 512
+"""Positions of latents, in all rows of a pass, that are worth a thread of their own."""
 
 
 class Shelf:
@@ -140,6 +144,29 @@ class Shelf:
             matcher.adapter.attach(backbone)
             self._on[id(backbone)] = name
         return matcher
+
+    @contextmanager
+    def threads(self, name: str, pairs: int) -> Iterator[None]:
+        """While so many pairs are scored on a CPU: as many threads as their passes keep busy.
+
+        Threads that share a small pass wait for each other for longer than they work, all the more where a client on
+        the same machine wants a core too. The score is the same.
+        """
+        matcher = self.peek(name)
+        backbone = getattr(matcher, "backbone", None)
+        if backbone is None or backbone.device.type != "cpu":
+            yield
+            return
+        import torch
+
+        _, height, width = backbone.latent_shape(matcher.config["size"])
+        work = pairs * len(matcher.score_config.timesteps) * height * width
+        most = torch.get_num_threads()
+        torch.set_num_threads(max(1, min(most, work // _SHARE)))
+        try:
+            yield
+        finally:
+            torch.set_num_threads(most)
 
 
 def _has_prompts(matcher: Any) -> bool:

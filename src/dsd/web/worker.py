@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
@@ -17,6 +18,9 @@ from dsd.web.config import ServeConfig
 from dsd.web.shelf import Shelf
 
 T = TypeVar("T")
+
+_ARRIVAL = 0.002
+"""Seconds that a batch waits for a request which is being read."""
 
 
 class Busy(ServiceError):
@@ -38,6 +42,18 @@ class _Job:
     since: float = field(default_factory=monotonic)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """What was scored last."""
+
+    name: str = ""
+    requests: int = 0
+    left: int = 0
+    """Requests that waited for the same matcher when it was done."""
+    seconds: float = 0.0
+    end: float = 0.0
+
+
 class Worker:
     """Answers in the order of arrival, except that scoring for the same matcher is joined into one batch.
 
@@ -47,13 +63,17 @@ class Worker:
     Args:
         shelf: Is this worker's from now on.
         config: Queue, batch size, and how long a batch waits.
-        observe: Is told the pairs of each batch and how many requests they are of.
+        observe: Is told the pairs of each batch, how many requests they are of, and the seconds that scoring took.
     """
 
-    def __init__(self, shelf: Shelf, config: ServeConfig, observe: Callable[[int, int], None] | None = None) -> None:
+    def __init__(
+        self, shelf: Shelf, config: ServeConfig, observe: Callable[[int, int, float], None] | None = None
+    ) -> None:
         self._shelf, self._config, self._observe = shelf, config, observe
         self._jobs: deque[_Job] = deque()
         self._waiting = 0
+        self._coming = 0
+        self._last = _Batch()
         self._changed = threading.Condition()
         self._stopping = True
         self._thread: threading.Thread | None = None
@@ -74,6 +94,15 @@ class Worker:
     def waiting(self) -> int:
         """Pairs in the queue."""
         return self._waiting
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """While a request is read that will ask for scores: a batch that is not full waits a little for it."""
+        self._coming += 1  # by the event loop alone
+        try:
+            yield
+        finally:
+            self._coming -= 1
 
     @property
     def alive(self) -> bool:
@@ -132,6 +161,7 @@ class Worker:
             batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
             if batch:
                 self._answer(batch)
+            del batch  # for its pictures are large, and the next one may be long in coming
 
     def _take(self) -> list[_Job] | None:
         """The next jobs, which are answered together; None at the end."""
@@ -142,12 +172,7 @@ class Worker:
                 self._changed.wait()
             first = self._jobs[0]
             if first.pairs is not None:
-                # what came while the last batch was scored has waited long enough
-                until = first.since + self._config.batch_wait
-                while not self._stopping and self._ready(first) < self._config.batch:
-                    left = until - monotonic()
-                    if left <= 0:
-                        break
+                while not self._stopping and (left := self._worth_waiting(first)) > 0:
                     self._changed.wait(left)
             batch = [self._jobs.popleft()]
             size = first.size
@@ -161,8 +186,20 @@ class Worker:
             self._waiting -= size
             return batch
 
-    def _ready(self, first: _Job) -> int:
-        return sum(job.size for job in self._jobs if job.pairs is not None and job.name == first.name)
+    def _worth_waiting(self, first: _Job) -> float:
+        """Seconds that a batch waits for more; 0 for a client that is alone.
+
+        Larger batches cost less a pair, and clients that got their answers tend to ask again: those of the last batch
+        are waited for, but not for longer than a quarter of what it took.
+        """
+        ready = [job.size for job in self._jobs if job.pairs is not None and job.name == first.name]
+        if sum(ready) >= self._config.batch:
+            return 0.0
+        longest, last = self._config.batch_wait, self._last
+        until = [first.since + min(longest, _ARRIVAL)] if self._coming else []
+        if last.name == first.name and len(ready) < last.requests + last.left:
+            until.append(last.end + min(longest, last.seconds / 4))
+        return max(until, default=0.0) - monotonic()
 
     def _answer(self, batch: list[_Job]) -> None:
         first = batch[0]
@@ -173,9 +210,14 @@ class Worker:
                 return
             assert matcher is not None
             pairs = [pair for job in batch for pair in job.pairs or ()]
+            began = monotonic()
+            with self._shelf.threads(first.name, len(pairs)):
+                scores = np.asarray(matcher.predict(pairs), np.float32)
+            seconds = monotonic() - began
+            left = sum(job.pairs is not None and job.name == first.name for job in list(self._jobs))
+            self._last = _Batch(first.name, len(batch), left, seconds, began + seconds)
             if self._observe is not None:
-                self._observe(len(pairs), len(batch))
-            scores = np.asarray(matcher.predict(pairs), np.float32)
+                self._observe(len(pairs), len(batch), seconds)
         except BaseException as error:
             if len(batch) == 1:
                 first.future.set_exception(error)

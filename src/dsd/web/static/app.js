@@ -3,7 +3,7 @@
 import { get, post } from "/static/api.js";
 import { compareCaptions, compareModels, offerCaptions, offerModels, wireTabs } from "/static/compare.js";
 import { $, make, percent, signedNumber, softmax, veil } from "/static/dom.js";
-import { mark, marked, wireTeaching } from "/static/teach.js";
+import { mark, showMarks, wireTeaching } from "/static/teach.js";
 
 export const state = {
   models: [],
@@ -185,20 +185,16 @@ function show(rows) {
     ...rows.map((row) => {
       const bar = make("span");
       bar.style.width = `${100 * row.share}%`;
-      const verdict = marked(state.image, row.text);
       const button = (right) =>
         make(
           "button",
           {
             type: "button",
             class: right ? "right" : "wrong",
-            "aria-pressed": String(verdict === right),
+            "aria-pressed": "false",
             "aria-label": `${right ? "Right" : "Wrong"}: ${row.text}`,
             title: right ? "This caption is right" : "This caption is wrong",
-            onclick: () => {
-              mark(state.image, state.view, row.text, right);
-              show(rows);
-            },
+            onclick: () => mark(state.image, state.view, row.text, right),
           },
           right ? "✓" : "✗",
         );
@@ -213,6 +209,7 @@ function show(rows) {
       return item;
     }),
   );
+  showMarks();
   if (!rows.length) return;
   $("status").textContent = `Best of ${rows.length}: ${rows[0].text}, ${percent(rows[0].share)}${calibrated ? "" : ", not calibrated"}.`;
   if (card().explains && (state.chosen === null || !rows.some((row) => row.text === state.chosen))) explain(rows[0].text);

@@ -58,7 +58,7 @@ export async function compareCaptions() {
     "div",
     { class: "told" },
     make("p", {}, make("b", { class: winner === "A" ? "a-text" : "b-text" }, `Caption ${winner}`), ` fits better by ${Math.abs(found.difference).toFixed(3)}.`),
-    make("p", { class: "small" }, "Blue: where A explains the picture better. Orange: where B does."),
+    make("p", { class: "small" }, "Orange: where A explains the picture better. Blue: where B does."),
     ...found.changes.map((change) =>
       make(
         "p",

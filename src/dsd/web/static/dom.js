@@ -19,9 +19,9 @@ export function veil(canvas, map) {
   paint(canvas, map, (value) => [8, 10, 18, Math.round(170 * (1 - Math.min(1, Math.max(0, value))) ** 0.8)]);
 }
 
-// A map of -1..1: blue where A fits better, orange where B does.
+// A map of -1..1: orange where A fits better, blue where B does.
 export function signed(canvas, map) {
-  paint(canvas, map, (value) => [...(value > 0 ? [60, 130, 255] : [255, 140, 20]), Math.round(220 * Math.min(1, Math.abs(value)))]);
+  paint(canvas, map, (value) => [...(value > 0 ? [255, 140, 20] : [60, 130, 255]), Math.round(220 * Math.min(1, Math.abs(value)))]);
 }
 
 function paint(canvas, map, colour) {

@@ -7,7 +7,7 @@ import { $, make } from "/static/dom.js";
 const marks = []; // { image, view, text, right }
 let lesson = null; // { id, name, losses, runs, steps, curve, over }
 
-export function marked(image, text) {
+function marked(image, text) {
   return marks.find((m) => m.image === image && m.text === text)?.right ?? null;
 }
 
@@ -27,12 +27,30 @@ function list() {
         "li",
         {},
         make("img", { src: m.view, alt: "" }),
-        make("span", { class: `verdict ${m.right ? "yes" : "no"}`, "aria-label": m.right ? "right" : "wrong" }, m.right ? "✓" : "✗"),
+        make("span", { class: `verdict ${m.right ? "yes" : "no"}`, role: "img", "aria-label": m.right ? "right" : "wrong" }, m.right ? "✓" : "✗"),
         make("span", { class: "grow" }, m.text),
-        make("button", { type: "button", class: "quiet", "aria-label": `Take back: ${m.text}`, onclick: () => (marks.splice(i, 1), list()) }, "Remove"),
+        make("button", { type: "button", class: "quiet", "aria-label": `Remove: ${m.text}`, onclick: () => remove(i) }, "Remove"),
       ),
     ),
   );
+  showMarks();
+}
+
+// The keyboard's focus goes to the next mark, not away with the button.
+function remove(i) {
+  marks.splice(i, 1);
+  list();
+  const left = [...$("marks").querySelectorAll("button")];
+  (left[i] ?? left.at(-1) ?? $("clear")).focus();
+}
+
+// The ranking shows what is marked, in place, so that a button keeps the focus.
+export function showMarks() {
+  for (const item of $("ranking").children) {
+    const verdict = marked(state.image, item.dataset.text);
+    item.querySelector(".right").setAttribute("aria-pressed", String(verdict === true));
+    item.querySelector(".wrong").setAttribute("aria-pressed", String(verdict === false));
+  }
 }
 
 async function learn() {
