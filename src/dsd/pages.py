@@ -180,6 +180,26 @@ def failure_page(
         OptionError: ``count`` is negative.
         ImageError: A picture cannot be read.
     """
+    return _render(
+        "failures.html",
+        title=title,
+        lead="The examples that a result lost by most, and those that were nearly tied: what matches beside what was "
+        "chosen" + (", and where the model sees each word of either." if explain else "."),
+        groups=failure_groups(result, examples, explain, count=count),
+        metrics={name: format_interval(m) for name, m in result.metrics.items()},
+        mapped=explain is not None,
+        settings=_flat(result.config),
+    )
+
+
+def failure_groups(
+    result: Result, examples: Sequence[Example], explain: Explain | None = None, *, count: int = 6
+) -> list[dict[str, Any]]:
+    """What :func:`failure_page` shows, as plain values: ``title``, ``note`` and ``cards`` of the worst and the closest.
+
+    Raises:
+        ManifestError, OptionError, ImageError: As :func:`failure_page`.
+    """
     if count < 0:
         raise OptionError(f"got {count} examples to show, expected 0 or more")
     if tuple(e.id for e in examples) != tuple(result.ids):
@@ -193,7 +213,7 @@ def failure_page(
     # an example is shown once
     left = [m for m in margins if m not in worst and math.isfinite(m.value)]
     closest = sorted(left, key=lambda m: (abs(m.value), m.example))[:count]
-    groups = [
+    return [
         {
             "title": "The worst",
             "note": f"{len(lost)} of {len(margins)} examples hold a choice that was not won; these are lost by most.",
@@ -205,16 +225,6 @@ def failure_page(
             "cards": [_failure(m, examples[m.example], explain) for m in closest],
         },
     ]
-    return _render(
-        "failures.html",
-        title=title,
-        lead="The examples that a result lost by most, and those that were nearly tied: what matches beside what was "
-        "chosen" + (", and where the model sees each word of either." if explain else "."),
-        groups=groups,
-        metrics={name: format_interval(m) for name, m in result.metrics.items()},
-        mapped=explain is not None,
-        settings=_flat(result.config),
-    )
 
 
 def _worst(index: int, result: Result) -> _Margin | None:
