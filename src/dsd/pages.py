@@ -35,6 +35,8 @@ _LARGEST = 512
 _WORDS = 60
 """Words of a caption that can be pointed at; each has a map in the page."""
 
+_SHADES = 48
+
 Explain = Callable[[ImageInput, str], Explanation]
 
 
@@ -315,11 +317,11 @@ def _panel(
     values |= {
         "plain": False,
         "words": [
-            {"text": word, "veil": data_uri(veil(heat)), "decides": i in decides}
+            {"text": word, "veil": _veil(heat), "decides": i in decides}
             for i, (word, heat) in enumerate(zip(e.words[:_WORDS], e.maps[:_WORDS], strict=True))
         ],
-        "phrases": [{"text": p.text, "veil": data_uri(veil(p.map))} for p in phrases],
-        "map": None if signed is None else data_uri(veil(signed)),
+        "phrases": [{"text": p.text, "veil": _veil(p.map)} for p in phrases],
+        "map": None if signed is None else _veil(signed),
         "rest": phrases[0].text if phrases and signed is None else "",
     }
     if signed is not None:
@@ -332,6 +334,11 @@ def _panel(
             "by_layer": _bars([(_short(name), v) for name, v in layers]) if len(layers) > 1 else None,
         }
     return values
+
+
+def _veil(heat: np.ndarray) -> str:
+    """A map to lay over a picture, in few shades: a page has many, and each is a quarter as large so."""
+    return data_uri(veil(heat).quantize(_SHADES, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE))
 
 
 def _short(layer: str) -> str:
