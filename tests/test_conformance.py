@@ -659,6 +659,58 @@ def test_no_more_logits_than_a_slice(kind: str, backbone: Backbone, monkeypatch:
     assert largest <= max(limit, 2 * (tokens + positions) * width)
 
 
+@textual
+@torch.no_grad()
+def test_a_pass_ends_after_the_last_layer_that_is_looked_at(kind: str, backbone: Backbone) -> None:
+    """With the same records as a whole pass, and a model that is as it was."""
+    noised, t, text = inputs(backbone, kind)
+    noise, before = torch.randn_like(noised), hooks(backbone.denoiser)
+    known = select_layers(backbone.denoiser)
+    ran: list[nn.Module] = []
+    last = backbone.denoiser.register_forward_hook(lambda module, *_: ran.append(module))
+    for layers in (known, known[:1]):
+        for direction in ("image", "text") if kind in JOINT else ("image",):
+            values = (backbone, noised, noise, t, text, layers, direction)
+            whole = noised_pass(*values)
+            assert len(ran) == 1
+            short = noised_pass(*values, over="own", predict=False)
+            assert len(ran) == 1
+            assert short.predicted is None
+            assert list(short.records) == list(layers)
+            for name in layers:
+                assert short.records[name].all is None
+                assert torch.allclose(short.records[name].own, whole.records[name].own, atol=1e-5)
+            ran.clear()
+    last.remove()
+    assert hooks(backbone.denoiser) == before
+
+
+@every
+@torch.no_grad()
+def test_a_caption_is_projected_once_for_all_rows_under_it(kind: str, backbone: Backbone) -> None:
+    noised, t, text = inputs(backbone, kind, 3)
+    noise, before = torch.randn_like(noised), hooks(backbone.denoiser)
+    layers = () if kind == "dit" else select_layers(backbone.denoiser)
+    captions = torch.tensor([2, 0, 2])
+    seen: list[int] = []
+
+    def count(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Any) -> None:
+        seen.append(len(inputs[0]))
+
+    crossed = [] if kind in JOINT else [backbone.denoiser.get_submodule(name) for name in layers]
+    handles = [m.register_forward_hook(count) for layer in crossed for m in (layer.to_k, layer.to_v)]
+    once = noised_pass(backbone, noised, noise, t, text, layers, captions=captions)
+    assert seen == [2] * len(handles)
+    each = noised_pass(backbone, noised, noise, t, text.select(captions.tolist()), layers)
+    for handle in handles:
+        handle.remove()
+    assert torch.allclose(once.predicted, each.predicted, atol=1e-5)
+    for name in layers:
+        assert torch.allclose(once.records[name].own, each.records[name].own, atol=1e-5)
+        assert torch.allclose(once.records[name].all, each.records[name].all, atol=1e-5)
+    assert hooks(backbone.denoiser) == before
+
+
 @every
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @torch.no_grad()

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from dsd.backbone import Backbone, TextStates, cards
 from dsd.contracts import ModelError, TextError
 from dsd.probe import LayerRecord, Probe, cross_attention_layers
+from dsd.scores import over_all
 
 _CAPTIONS = ("a red circle above a blue square", "a dog", "two cats on a sofa")
 _CLASSES = ("0", "1", "2")
@@ -201,7 +202,7 @@ def _distance(record: LayerRecord, query: Tensor, key: Tensor, scale: float, own
     worst = 0.0
     for head in range(query.shape[1]):  # all heads at once would be too much of a large model
         logits = query[:, head].double() @ key[:, head].double().transpose(-1, -2) * scale
-        for tokens, found in ((own, record.own), (mask, record.all)):
+        for tokens, found in ((own, record.own), (mask, over_all(record))):
             expected = logits.masked_fill(~tokens[:, None], float("-inf")).logsumexp(-1).mean(-1)
             difference = (expected - found[:, head].to(expected)).abs().max()
             worst = max(worst, float(difference) if difference.isfinite() else float("inf"))

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -20,7 +21,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +29,8 @@ from dsd.contracts import ModelError, OptionError
 
 Direction = Literal["image", "text"]
 """Who asks: image positions what text they attend to, or the caption's tokens where in the image they are."""
+Over = Literal["own", "all"]
+"""Which log-sum-exps are taken: :attr:`LayerRecord.own` alone, or ``all`` as well, which costs more."""
 Roles = Mapping[str, tuple[str, ...]]
 """What a projection is for (to_q, to_k, to_v, to_out.0) and the names of the modules that do it in one layer."""
 
@@ -44,13 +47,13 @@ class LayerRecord:
             ``text``: the mean over the caption's own tokens of the log-sum-exp over image positions.
         all: (n, heads). ``image``: the same as ``own`` over all text tokens that are attended to, start, end and what
             padding is not masked included; the image's own keys are not among them, since their logits are the whole of
-            self-attention. ``text``: the same as ``own`` over all keys, image and text.
+            self-attention. ``text``: the same as ``own`` over all keys, image and text. None unless asked for.
         maps: (n, positions, tokens) attention probabilities averaged over heads, which sum to one over the text tokens
             (``image``) or over the image positions (``text``); None unless asked for.
     """
 
     own: Float[Tensor, "n heads"]
-    all: Float[Tensor, "n heads"]
+    all: Float[Tensor, "n heads"] | None
     maps: Float[Tensor, "n positions tokens"] | None
 
 
@@ -194,6 +197,46 @@ def check_direction(denoiser: nn.Module, layers: Sequence[str], direction: Direc
         )
 
 
+@contextmanager
+def text_once(denoiser: nn.Module, captions: Int[Tensor, " n"]) -> Iterator[None]:
+    """Makes cross-attention project each caption of a batch once, in passes without gradients inside this context.
+
+    Rows under the same caption have the same keys and values, whatever their image and timestep. In joint attention
+    they do not, so that nothing is changed there. A :class:`Probe` must be entered within, to hear what all rows get.
+
+    Args:
+        denoiser: The network.
+        captions: Of each row of the batch, the number of its caption.
+    """
+    distinct, place = torch.unique(captions, return_inverse=True)
+    if len(distinct) == len(captions):
+        yield
+        return
+    first = torch.stack([(place == k).nonzero()[0, 0] for k in range(len(distinct))])
+    handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def few(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0][first], *inputs[1:])
+
+    def every(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output[place]
+
+    try:
+        layers: list[Any] = [m for m in denoiser.modules() if _make(m) == "cross"]
+        for layer in layers:
+            for module in (layer.to_kv,) if layer.fused_projections else (layer.to_k, layer.to_v):
+                handles.append(module.register_forward_pre_hook(few))
+                handles.append(module.register_forward_hook(every))
+        yield
+    finally:
+        while handles:
+            handles.pop().remove()
+
+
+class _Stop(Exception):
+    """All that was to be heard of a pass was heard."""
+
+
 class Probe:
     """Records attention to the text during the passes made inside it.
 
@@ -214,6 +257,9 @@ class Probe:
         mask: (n, tokens), the tokens that the denoiser attends to; None: all.
         direction: Whose queries are looked at.
         maps: Keep attention maps too (positions x tokens a row and layer).
+        over: ``own`` takes no log-sum-exp over all tokens, and makes no logits but those it needs.
+        stop: End the pass, and this context, once every layer was heard, as what comes after does not change what was
+            recorded: a probe of the middle never runs the way up. A pass with gradients goes on to its end.
         heads: Which of each layer's heads the maps are averaged over; None takes all.
 
     Raises:
@@ -236,6 +282,8 @@ class Probe:
         direction: Direction = "image",
         maps: bool = False,
         heads: Sequence[int] | None = None,
+        over: Over = "all",
+        stop: bool = False,
     ) -> None:
         known = cross_attention_layers(denoiser)
         unknown = [name for name in layers if name not in known]
@@ -247,6 +295,8 @@ class Probe:
         self._mask = mask
         self._direction = direction
         self._maps = maps
+        self._over = over
+        self._stop = stop
         few = min((layer.heads for layer in self._layers.values()), default=1)
         if heads is not None and not all(0 <= h < few for h in heads):
             raise OptionError(f"got heads {list(heads)}, expected some of 0 to {few - 1}, which every chosen layer has")
@@ -274,8 +324,9 @@ class Probe:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    ) -> bool:
         self._release()
+        return isinstance(error, _Stop)
 
     def _release(self) -> None:
         while self._handles:
@@ -300,6 +351,8 @@ class Probe:
             # backward pass, without them, and has to save the same tensors. Without, queries are freed layer by layer.
             if not torch.is_grad_enabled():
                 self._settle(name)
+                if self._stop and len(self._records) == len(self._layers):
+                    raise _Stop
 
         self._handles.append(layer.register_forward_pre_hook(begin, with_kwargs=True))
         for what in self._wanted(layer):
@@ -348,35 +401,47 @@ class Probe:
 
     def _of_image(self, parts: Mapping[str, Tensor]) -> LayerRecord:
         query, key = parts["query"], parts["text key"]
-        others = ~self._own[:, None, None]
-
-        def pool(key: Tensor, query: Tensor) -> Tensor:
-            logits = self._seen(query @ key.transpose(-1, -2))
-            own = logits.masked_fill(others, float("-inf"))
-            return torch.stack([own.logsumexp(-1).sum(-1), logits.logsumexp(-1).sum(-1)])
-
-        own, seen = self._in_slices(pool, key, query) / query.shape[2]
         maps = None
         if self._maps:
             maps = self._seen(query @ key.transpose(-1, -2))[:, self._heads].softmax(-1).mean(1)
-        return LayerRecord(own, seen, maps)
+        own = self._own
+        if self._over == "own":  # tokens that are no row's own are in no sum
+            kept = own.any(0)
+            kept[0] |= ~kept.any()
+            key, own = key[:, :, kept], own[:, kept]
+        others = ~own[:, None, None]
+
+        def pool(key: Tensor, query: Tensor) -> Tensor:
+            logits = query @ key.transpose(-1, -2)
+            if self._over == "own":
+                return logits.masked_fill(others, float("-inf")).logsumexp(-1).sum(-1)[None]
+            logits = self._seen(logits)
+            own = logits.masked_fill(others, float("-inf"))
+            return torch.stack([own.logsumexp(-1).sum(-1), logits.logsumexp(-1).sum(-1)])
+
+        return self._record(self._in_slices(pool, key, query) / query.shape[2], maps)
 
     def _of_text(self, parts: Mapping[str, Tensor]) -> LayerRecord:
         query, positions = parts["text query"], parts["key"].shape[2]
-        keys = torch.cat([parts["key"], parts["text key"]], 2)
+        keys = parts["key"] if self._over == "own" else torch.cat([parts["key"], parts["text key"]], 2)
         # the share of each token in the mean over the caption's own; an empty caption has none
         share = (self._own / self._own.sum(1, keepdim=True).clamp(min=1))[:, None]
 
         def pool(keys: Tensor, query: Tensor, share: Tensor) -> Tensor:
-            logits = self._seen(query @ keys.transpose(-1, -2))
-            image, seen = logits[..., :positions].logsumexp(-1), logits.logsumexp(-1)
-            return torch.stack([(image * share).sum(-1), (seen * share).sum(-1)])
+            logits = query @ keys.transpose(-1, -2)
+            seen = [logits[..., :positions].logsumexp(-1)]
+            if self._over == "all":
+                seen.append(self._seen(logits).logsumexp(-1))
+            return torch.stack([(values * share).sum(-1) for values in seen])
 
-        own, seen = self._in_slices(pool, keys, query, share)
         maps = None
         if self._maps:
             maps = (query @ parts["key"].transpose(-1, -2))[:, self._heads].softmax(-1).mean(1).transpose(1, 2)
-        return LayerRecord(own, seen, maps)
+        return self._record(self._in_slices(pool, keys, query, share), maps)
+
+    def _record(self, sums: Tensor, maps: Tensor | None) -> LayerRecord:
+        """(1 or 2, n, heads) => a record."""
+        return LayerRecord(sums[0], sums[1] if self._over == "all" else None, maps)
 
     def _seen(self, logits: Float[Tensor, "n heads queries keys"]) -> Float[Tensor, "n heads queries keys"]:
         """Logits without those of text keys, the last ones, that are not attended to."""
@@ -391,7 +456,7 @@ class Probe:
         size = max(1, self.SLICE // max(1, n * heads * key.shape[2]))
         if length <= size:
             return pool(key, query, *along)
-        total = query.new_zeros(2, n, heads)
+        total = query.new_zeros(1 if self._over == "own" else 2, n, heads)
         for part in zip(*(x.split(size, 2) for x in (query, *along)), strict=True):
             if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
                 total = total + checkpoint(pool, key, *part, use_reentrant=False)

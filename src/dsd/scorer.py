@@ -265,7 +265,9 @@ class Scorer:
 
         def run(at: slice) -> None:
             e, t = noise[at], steps[at]
-            found = noised_pass(self.backbone, latent[None].expand_as(e), e, t, states.select([0] * len(t)))
+            same = torch.zeros(len(t), dtype=torch.long, device=e.device)
+            found = noised_pass(self.backbone, latent[None].expand_as(e), e, t, states, captions=same)
+            assert found.predicted is not None
             made.append(found.noise - found.predicted)
 
         self.in_parts(len(steps), run)
@@ -349,8 +351,19 @@ class Scorer:
                 index = [i for i, _ in part]
                 step = torch.tensor([s for _, s in part], device=latents.device)
                 z = latents[[image_of[i] for i in index]]
-                text = TextStates.join([texts[i] for i in index])
-                made = noised_pass(self.backbone, z, noise[step], timesteps[step], text, what.layers, what.direction)
+                number = {text: k for k, text in enumerate(dict.fromkeys(pairs[i][1] for i in index))}
+                made = noised_pass(
+                    self.backbone,
+                    z,
+                    noise[step],
+                    timesteps[step],
+                    TextStates.join(self.texts(list(number))),
+                    what.layers,
+                    what.direction,
+                    captions=torch.tensor([number[pairs[i][1]] for i in index], device=latents.device),
+                    over=what.over,
+                    predict=what.sees_noise,
+                )
                 other = None if empty is None else empty.rows([image_of[i] * count + s for i, s in part])
                 take(index, step, made, other)
                 done += len(part)
@@ -372,16 +385,18 @@ class Scorer:
             nonlocal done
             index = torch.arange(done, min(done + rows, total), device=latents.device)
             image, step = index // len(timesteps), index % len(timesteps)
-            text = blank.select([0] * len(index))
             made.append(
                 noised_pass(
                     self.backbone,
                     latents[image],
                     noise[step],
                     timesteps[step],
-                    text,
+                    blank,
                     what.empty_layers,
                     what.direction,
+                    captions=torch.zeros_like(index),
+                    over=what.over,
+                    predict=what.sees_noise,
                 )
             )
             done += len(index)

@@ -6,6 +6,7 @@ Every score is differentiable, is computed for each row of a batch by itself, an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, get_args
 
@@ -18,11 +19,13 @@ from dsd.contracts import OptionError
 from dsd.probe import (
     Direction,
     LayerRecord,
+    Over,
     Probe,
     check_direction,
     cross_attention_layers,
     paper_layers,
     select_layers,
+    text_once,
 )
 from dsd.prompts import join_tokens
 
@@ -33,30 +36,38 @@ class Pass:
 
     Attributes:
         noise: (n, c, h, w) what was added to the latents.
-        predicted: (n, c, h, w) what the denoiser took for it.
+        predicted: (n, c, h, w) what the denoiser took for it; None if the pass ended once attention was recorded.
         records: What the probed cross-attention layers did; empty where no score asked.
     """
 
     noise: Latents
-    predicted: Latents
+    predicted: Latents | None
     records: Mapping[str, LayerRecord]
 
     def rows(self, index: Sequence[int]) -> Pass:
         """The rows at ``index``, in that order, repeats allowed."""
         rows = torch.as_tensor(index, device=self.noise.device)
-        records = {name: LayerRecord(r.own[rows], r.all[rows], None) for name, r in self.records.items()}
-        return Pass(self.noise[rows], self.predicted[rows], records)
+        records = {
+            name: LayerRecord(r.own[rows], None if r.all is None else r.all[rows], None)
+            for name, r in self.records.items()
+        }
+        return Pass(self.noise[rows], None if self.predicted is None else self.predicted[rows], records)
 
     @staticmethod
     def join(parts: Sequence[Pass]) -> Pass:
         """One pass over the rows of many."""
-        records = {
-            name: LayerRecord(
-                torch.cat([p.records[name].own for p in parts]), torch.cat([p.records[name].all for p in parts]), None
-            )
-            for name in parts[0].records
-        }
-        return Pass(torch.cat([p.noise for p in parts]), torch.cat([p.predicted for p in parts]), records)
+
+        def of(name: str) -> LayerRecord:
+            records = [p.records[name] for p in parts]
+            every = [r.all for r in records if r.all is not None]
+            return LayerRecord(torch.cat([r.own for r in records]), torch.cat(every) if every else None, None)
+
+        predicted = [p.predicted for p in parts if p.predicted is not None]
+        return Pass(
+            torch.cat([p.noise for p in parts]),
+            torch.cat(predicted) if predicted else None,
+            {name: of(name) for name in parts[0].records},
+        )
 
 
 def noised_pass(
@@ -67,15 +78,38 @@ def noised_pass(
     text: TextStates,
     layers: Sequence[str] = (),
     direction: Direction = "image",
+    *,
+    captions: Int[Tensor, " n"] | None = None,
+    over: Over = "all",
+    predict: bool = True,
 ) -> Pass:
-    """Noises the latents, lets the denoiser predict the noise given the captions, and probes ``layers``."""
+    """Noises the latents, lets the denoiser predict the noise given the captions, and probes ``layers``.
+
+    Args:
+        backbone: The model.
+        latents, noise: (n, c, h, w).
+        timesteps: (n,) integers.
+        text: The rows' captions; or, with ``captions``, those that the rows are numbers of, each of which is then
+            projected once, however many rows are under it.
+        layers: To probe.
+        direction, over: As for :class:`dsd.probe.Probe`.
+        captions: (n,) of each row the number of its caption in ``text``.
+        predict: False lets a pass without gradients end once ``layers`` were heard: ``predicted`` is None then.
+    """
     noised = backbone.add_noise(latents, noise, timesteps)
-    text = join_tokens(backbone.denoiser, text)
-    if not layers:
-        return Pass(noise, backbone.predict_noise(noised, timesteps, text), {})
-    with Probe(backbone.denoiser, layers, text.own, text.mask, direction=direction) as probe:
-        predicted = backbone.predict_noise(noised, timesteps, text)
-    return Pass(noise, predicted, dict(probe.records))
+    with ExitStack() as stack:
+        if captions is not None:
+            text = text.select(captions.tolist())
+            stack.enter_context(text_once(backbone.denoiser, captions))
+        text = join_tokens(backbone.denoiser, text)
+        if not layers:
+            return Pass(noise, backbone.predict_noise(noised, timesteps, text), {})
+        predicted = None
+        with Probe(
+            backbone.denoiser, layers, text.own, text.mask, direction=direction, over=over, stop=not predict
+        ) as probe:
+            predicted = backbone.predict_noise(noised, timesteps, text)
+        return Pass(noise, predicted, dict(probe.records))
 
 
 def _mean_over_layers(records: Mapping[str, LayerRecord], what: Callable[[LayerRecord], Tensor]) -> Float[Tensor, " n"]:
@@ -99,10 +133,17 @@ def attention_mass(caption: Pass, empty: Pass | None = None) -> Float[Tensor, " 
     In joint attention: of that which falls on text. With direction ``text``: log share of the attention of the
     caption's own tokens that falls on the image.
     """
-    return _mean_over_layers(caption.records, lambda r: r.own - r.all)
+    return _mean_over_layers(caption.records, lambda r: r.own - over_all(r))
+
+
+def over_all(record: LayerRecord) -> Float[Tensor, "n heads"]:
+    """The log-sum-exp over all tokens, where it was asked for."""
+    assert record.all is not None
+    return record.all
 
 
 def _error(made: Pass) -> Float[Tensor, " n"]:
+    assert made.predicted is not None
     length: Tensor = torch.linalg.vector_norm((made.noise - made.predicted).float().flatten(1), dim=1)
     return length
 
@@ -119,7 +160,7 @@ def denoising(caption: Pass, empty: Pass | None) -> Float[Tensor, " n"]:
 def paper_attention(caption: Pass, empty: Pass | None) -> Float[Tensor, " n"]:
     """The attention score as the code of He et al. 2023 computes it: both halves of [empty, caption], all tokens."""
     assert empty is not None
-    return (_mean_over_layers(empty.records, lambda r: r.all) + _mean_over_layers(caption.records, lambda r: r.all)) / 2
+    return (_mean_over_layers(empty.records, over_all) + _mean_over_layers(caption.records, over_all)) / 2
 
 
 def paper(caption: Pass, empty: Pass | None) -> Float[Tensor, " n"]:
@@ -138,13 +179,17 @@ class ScoreKind:
     """Whether it compares with a pass under the empty caption."""
     layers: Callable[[torch.nn.Module], tuple[str, ...]] = select_layers
     """The layers it looks at by default."""
+    over: Over = "all"
+    """Which log-sum-exps it looks at."""
+    noise: bool = False
+    """Whether it looks at the predicted noise; a pass for another ends after the last layer it looks at."""
 
 
 SCORES: dict[str, ScoreKind] = {
-    "attention": ScoreKind(attention, attention=True, empty=False),
+    "attention": ScoreKind(attention, attention=True, empty=False, over="own"),
     "attention-mass": ScoreKind(attention_mass, attention=True, empty=False),
-    "denoising": ScoreKind(denoising, attention=False, empty=True),
-    "paper": ScoreKind(paper, attention=True, empty=True, layers=paper_layers),
+    "denoising": ScoreKind(denoising, attention=False, empty=True, noise=True),
+    "paper": ScoreKind(paper, attention=True, empty=True, layers=paper_layers, noise=True),
     "paper-attention": ScoreKind(paper_attention, attention=True, empty=True, layers=paper_layers),
 }
 """All scores by name. ``mixture`` is a weighted sum of some of them, ``weighted`` one of :class:`Features`."""
@@ -251,6 +296,10 @@ class Measured(Protocol):
     needs_empty: bool
     direction: Direction
     """Whose queries attention is measured by."""
+    over: Over
+    """Which log-sum-exps are looked at."""
+    sees_noise: bool
+    """Whether the predicted noise is looked at."""
 
     def __call__(self, caption: Pass, empty: Pass | None) -> Float[Tensor, "n features"]:
         """Passes over n rows => their numbers, in the order of ``names``."""
@@ -274,6 +323,8 @@ class Features:
 
     needs_empty = True
     empty_layers: tuple[str, ...] = ()
+    over: Over = "all"
+    sees_noise = True
 
     def __init__(self, backbone: Backbone, layers: Sequence[str] | None = None, direction: Direction = "image") -> None:
         self.layers = select_layers(backbone.denoiser, layers)
@@ -287,7 +338,7 @@ class Features:
     def __call__(self, caption: Pass, empty: Pass | None) -> Float[Tensor, "n features"]:
         """Passes over n rows => their features, in the order of ``names``."""
         records = [caption.records[name] for name in self.layers]
-        own, all_ = (torch.cat([getattr(r, what) for r in records], 1) for what in ("own", "all"))
+        own, all_ = torch.cat([r.own for r in records], 1), torch.cat([over_all(r) for r in records], 1)
         return torch.cat([own, own - all_, denoising(caption, empty)[:, None]], 1)
 
     def by_layer(self, values: Float[Tensor, "n features"]) -> dict[str, Float[Tensor, " n"]]:
@@ -352,6 +403,10 @@ class Score:
         """All layers to probe in a pass."""
         self.empty_layers: tuple[str, ...]
         """Layers to probe under the empty caption."""
+        self.over: Over
+        """Which log-sum-exps to take."""
+        self.sees_noise: bool
+        """Whether it depends on how well the noise is predicted, and not on attention alone."""
         self._features: Features | None = None
         if weights is not None:
             self._features = Features(backbone, config.layers, config.direction)
@@ -363,8 +418,11 @@ class Score:
                 )
             self.weights = weights.to(backbone.device, torch.float32)
             self.layers, self.empty_layers, self.needs_empty = self._features.layers, Features.empty_layers, True
+            self.over, self.sees_noise = Features.over, True
             return
         self.needs_empty = any(SCORES[kind].empty for kind in self.terms)
+        self.over = "all" if any(SCORES[kind].over == "all" for kind in self.terms) else "own"
+        self.sees_noise = any(SCORES[kind].noise for kind in self.terms)
         self._layers: dict[str, tuple[str, ...]] = {}
         for kind in self.terms:
             if SCORES[kind].attention:
@@ -398,11 +456,6 @@ class Score:
         """
         parts = self.parts(caption, empty, steps)
         return torch.stack([self.terms[kind] * value for kind, value in parts.items()]).sum(0)
-
-    @property
-    def sees_noise(self) -> bool:
-        """Whether it depends on how well the noise is predicted, and not on attention alone."""
-        return self._features is not None or any(kind in ("denoising", "paper") for kind in self.terms)
 
     def by_layer(
         self, caption: Pass, empty: Pass | None, steps: Int[Tensor, " n"] | None = None

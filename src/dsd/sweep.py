@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from dsd.backbone import Backbone
 from dsd.contracts import OptionError, Pair
-from dsd.probe import Direction, paper_layers, select_layers
+from dsd.probe import Direction, Over, paper_layers, select_layers
 from dsd.scorer import Scorer
-from dsd.scores import Pass, ScoreConfig
+from dsd.scores import Pass, ScoreConfig, over_all
 
 ERRORS: dict[str, Callable[..., Tensor]] = {"l2": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
 """How the error of the predicted noise is measured, element by element."""
@@ -31,6 +31,8 @@ class _Measures:
 
     needs_empty = True
     direction: Direction = "image"
+    over: Over = "all"
+    sees_noise = True
 
     def __init__(self, backbone: Backbone) -> None:
         self.layers = self.empty_layers = select_layers(backbone.denoiser)
@@ -42,10 +44,11 @@ class _Measures:
     def __call__(self, caption: Pass, empty: Pass | None) -> Float[Tensor, "n features"]:
         assert empty is not None
         records = [caption.records[name] for name in self.layers]
-        columns = [r.own.mean(1) for r in records] + [r.all.mean(1) for r in records]
-        columns += [empty.records[name].all.mean(1) for name in self.layers]
+        columns = [r.own.mean(1) for r in records] + [over_all(r).mean(1) for r in records]
+        columns += [over_all(empty.records[name]).mean(1) for name in self.layers]
         for error in ERRORS.values():
             for made in (caption, empty):
+                assert made.predicted is not None
                 columns.append(error(made.predicted.float(), made.noise.float(), reduction="none").flatten(1).mean(1))
         return torch.stack(columns, 1)
 

@@ -69,6 +69,7 @@ class _Errors(Scorer):
                 text = TextStates.join([states[i] for i, _ in part])
                 z = latents[[pairs[i][0] for i, _ in part]]
                 made = noised_pass(self.backbone, z, self.noise[draw], timesteps[draw], text)
+                assert made.predicted is not None
                 error = _LOSSES[loss](made.predicted.float(), made.noise.float(), reduction="none")
                 for (i, d), value in zip(part, error.flatten(1).mean(1).tolist(), strict=True):
                     found[i, d] = value
