@@ -88,6 +88,7 @@ SMALL = StudyConfig(
     held_out=3,
     passes=5,
     max_steps=2,
+    thorough=True,
 )
 
 

@@ -326,16 +326,17 @@ def _sections(found: Findings) -> Iterator[tuple[str, str, list[dict[str, Any]]]
 
 def command(config: StudyConfig) -> str:
     """What makes the study of a grid."""
+    base = type(config)()
     given = {
-        "tasks": ",".join(config.tasks),
-        "levels": ",".join(config.levels),
-        "methods": "'" + ";".join(config.methods) + "'",
-        "shots": ",".join(map(str, config.shots)),
-        "seeds": str(config.seeds),
-        "held-out": str(config.held_out),
+        "tasks": ",".join(config.tasks) if config.tasks != base.tasks else "",
+        "levels": ",".join(config.levels) if config.levels != base.levels else "",
+        "methods": f"'{';'.join(config.methods)}'" if config.thorough or config.methods != base.methods else "",
+        "shots": ",".join(map(str, config.shots)) if config.shots != base.shots else "",
+        "seeds": str(config.seeds) if config.seeds != base.seeds else "",
+        "held-out": str(config.held_out) if config.held_out != base.held_out else "",
     }
     size = [] if config.max_steps is None else ["--quick"]
-    return " ".join(["dsd study", *size, *(f"--{name} {value}" for name, value in given.items())])
+    return " ".join(["dsd study", *size, *(f"--{name} {value}" for name, value in given.items() if value)])
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -26,14 +26,14 @@ def add(commands: Commands) -> None:
         "--out", default="study", metavar="DIR", help="default: %(default)s; a study that is there goes on"
     )
     size = study.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="one level, few methods and examples: minutes")
-    size.add_argument("--full", action="store_true", help="every method, number of examples and three draws: a night")
+    size.add_argument("--quick", action="store_true", help="one level, few methods, fewer examples: minutes")
+    size.add_argument("--full", action="store_true", help="every method, three draws: a day")
     study.add_argument(
         "--report-only", action="store_true", help="report what the folder has, and what is missing; measure nothing"
     )
     study.add_argument("--tasks", metavar="T,T,...", help=f"some of {', '.join(WORLD_TASKS)}, novel (default: all)")
     study.add_argument("--levels", metavar="L,L,...", help=f"some of {', '.join(LEVELS)} (default: standard,hard)")
-    study.add_argument("--methods", metavar="M;M;...", help="few-shot methods (default: all; a wrong one lists them)")
+    study.add_argument("--methods", metavar="M;M;...", help="few-shot methods (default: five; a wrong one lists all)")
     study.add_argument("--shots", type=integers, metavar="N,N,...", help="examples to learn from (default: 16,64,256)")
     study.add_argument("--seeds", type=int, metavar="N", help="draws of each number (default: 1)")
     study.add_argument("--held-out", type=int, metavar="N", help="examples a task to measure on (default: 200)")
@@ -62,7 +62,9 @@ def _study(a: argparse.Namespace) -> None:
     named = {"tasks": (a.tasks, ","), "levels": (a.levels, ","), "methods": (a.methods, ";")}
     given: dict[str, Any] = {k: tuple(v.split(by)) for k, (v, by) in named.items() if v is not None}
     given |= {k: getattr(a, k) for k in ("shots", "seeds", "held_out") if getattr(a, k) is not None}
-    config = replace(QUICK if a.quick else FULL if a.full else StudyConfig(), **given)
+    base = QUICK if a.quick else FULL if a.full else StudyConfig()
+    # who names methods wants them as often as the others
+    config = replace(base, **given, thorough=base.thorough or a.methods is not None)
     jobs = os.cpu_count() or 1 if a.jobs is None else a.jobs
     if jobs < 1:
         raise OptionError(f"got {jobs} jobs, expected 1 or more")
