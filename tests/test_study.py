@@ -21,7 +21,7 @@ from dsd.contracts import OptionError
 from dsd.metrics import paired_difference
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
-from dsd.study import Cell, Place, Study, StudyConfig, outcomes_of, run
+from dsd.study import Cell, Failures, Place, Study, StudyConfig, gather, outcomes_of, run
 from dsd.study_report import Findings, summary, write_report
 from dsd.sweep import groups_of, sweep
 from dsd.tasks import world_task
@@ -110,8 +110,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 @pytest.mark.slow
 def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(tmp_path, SMALL)
-    assert len(made) == 4
+    assert [item[0] for item in made] == ["sweep", "blind", "lesson", "lesson", "failures"]
     assert [c.method for c in first.cells] == ["dsd prompt", "dsd weights"]
+    assert first.missing == ()
+    assert [(f.method, f.shots) for f in first.failures] == [("denoising", 0)]
+    assert sum(len(group["cards"]) for group in first.failures[0].groups) == 3
+    assert gather(tmp_path, SMALL) == first
     assert all(len(c.outcomes) == 3 for c in (*first.cells, *first.places[0].zero))
     made.clear()
     assert run(tmp_path, SMALL) == first
@@ -119,6 +123,17 @@ def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatc
     # what is broken or was made by another lesson is made again, and nothing else
     broken = tmp_path / "cells" / "sweep-winoground-standard.json"
     broken.write_text("{")
+    lacking = gather(tmp_path, replace(SMALL, shots=(8, 16)))
+    assert lacking.missing == (
+        "zero-shot scores and ablations of winoground standard",
+        "1 of 2 lessons of dsd prompt",
+        "1 of 2 lessons of dsd weights",
+    )
+    assert lacking.cells == first.cells
+    assert lacking.places[0].tags == first.places[0].tags
+    assert lacking.places[0].chance == first.places[0].chance
+    assert not lacking.places[0].ablations
+    assert "Not measured yet: zero-shot" in write_report(lacking, tmp_path / "report")[0].read_text()
     lesson = study.LESSONS["dsd weights"]
     other = replace(lesson, config=replace(lesson.config, draws=1))
     monkeypatch.setitem(study.LESSONS, "dsd weights", other)
@@ -152,6 +167,41 @@ def test_refused_commands(argv: list[str], tmp_path: Path, capsys: pytest.Captur
     assert main(["study", "--out", str(tmp_path / "s"), *argv]) == 2
     assert "expected" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "--out", str(tmp_path), "--report-only"]) == 2
+    assert "make one first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_slow_lessons_are_few_unless_asked_for() -> None:
+    grid = StudyConfig(tasks=("comvg",), methods=("dsd prompt", "dsd weights"), shots=(16, 64), seeds=2)
+    lessons = [item[2:] for item in study._work(grid) if item[0] == "lesson"]
+    assert [item for item in lessons if item[1] == "dsd prompt"] == [("standard", "dsd prompt", 64, 0)]
+    assert sum(item[1] == "dsd weights" for item in lessons) == 8
+    every = [item for item in study._work(replace(grid, thorough=True)) if item[3:4] == ("dsd prompt",)]
+    assert len(every) == 8
+
+
+def test_the_best_that_was_kept_is_shown() -> None:
+    def cell(method: str, mean: float, shots: int = 64, kept: bool | None = True, seed: int = 0) -> Cell:
+        return Cell(method, "comvg", "standard", shots, seed, (mean,), 5, 1.0, kept)
+
+    cells = [
+        cell("dsd prompt", 0.6),
+        cell("dsd weights", 0.7),
+        cell("dsd heads", 0.8, kept=False),
+        cell("dsd tokens", 0.8, shots=16),
+        cell("dsd tokens", 0.8, seed=1),
+        cell("CLIP LoRA", 0.9, kept=None),
+    ]
+    items = study._shown(StudyConfig(tasks=("comvg", "vqa")), cells)
+    assert [item[1:] for item in items] == [
+        ("comvg", "standard", "denoising", 0),
+        ("comvg", "standard", "dsd weights", 64),
+        ("vqa", "standard", "denoising", 0),
+    ]
 
 
 def test_winoground_counts_whole_groups() -> None:
@@ -236,7 +286,18 @@ def test_findings_are_those_of_the_cells() -> None:
 
 
 def test_what_is_written(tmp_path: Path) -> None:
-    made = _study()
+    card = {
+        "id": "one <i>",
+        "tags": ["subject"],
+        "won": False,
+        "margin": "0.1000",
+        "panels": [],
+        "rows": [{"picture": None, "text": "a <u>", "right": True, "chosen": False, "score": "0.1"}],
+    }
+    groups = ({"title": "The worst", "note": "1 of 40", "cards": [card]},)
+    made = replace(
+        _study(), missing=("3 of 4 lessons of x",), failures=(Failures("dsd prompt", "comvg", "standard", 64, groups),)
+    )
     example = replace(world_task("comvg", "val", "easy", 1, 0)[0], texts=("a <b>bold</b> claim",), positives=((0, 0),))
     written = write_report(made, tmp_path, {"comvg": example})
     assert {p.suffix for p in written} == {".md", ".tex", ".csv", ".json", ".html", ".png"}
@@ -244,6 +305,9 @@ def test_what_is_written(tmp_path: Path) -> None:
     page = (tmp_path / "study.html").read_text()
     assert "<b>bold" not in page
     assert "CLIP &lt;CoOp&gt;" in page
+    assert "one &lt;i&gt;" in page
+    assert "a &lt;u&gt;" in page
+    assert "3 of 4 lessons of x" in page
     assert not re.search(r"(src|href)=\"(?!data:|\")", page)
     text = (tmp_path / "study.md").read_text()
     assert "denoising, 50 passes has 0." in text or "denoising, 50 passes has 1." in text
