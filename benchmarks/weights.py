@@ -58,9 +58,9 @@ def main() -> None:
                     "examples": shots,
                     "pairs": pairs,
                     "features": width,
-                    "features, s": round(whole - solver, 1),
-                    "solver, s": round(solver, 1),
-                    "whole, s": round(whole, 1),
+                    "features, s": f"{whole - solver:.1f}",
+                    "solver, s": f"{solver:.1f}",
+                    "whole, s": f"{whole:.1f}",
                 }
             )
             print(rows[-1], flush=True)

@@ -285,6 +285,21 @@ def test_findings_are_those_of_the_cells() -> None:
     assert found.metric("nonesuch", "comvg", "standard", 64) is None
 
 
+def test_words_never_seen_have_a_table() -> None:
+    made = _study()
+    tags = tuple((("novel-fill", "novel-relation")[i % 2], "text-choice") for i in range(40))
+    cells = tuple(replace(c, task="novel") if c.task == "comvg" else c for c in made.cells)
+    zero = tuple(replace(c, task="novel") for c in made.places[0].zero)
+    places = (replace(made.places[0], task="novel", tags=tags, zero=zero), made.places[1])
+    novel = replace(made, config=replace(made.config, tasks=("novel", "winoground")), places=places, cells=cells)
+    rows = {row["method"]: row for row in summary(novel)["tables"]["Words that pretraining never saw, standard"]}
+    taught = np.array([c.outcomes for c in cells if (c.method, c.task, c.shots) == ("dsd prompt", "novel", 64)])
+    assert rows["dsd prompt"]["fill"]["value"] == pytest.approx(taught[:, ::2].mean())
+    assert rows["dsd prompt"]["relation"]["value"] == pytest.approx(taught[:, 1::2].mean())
+    assert rows["DiffusionITM, 50 passes"]["shots"] == 0
+    assert len(rows) == 4 + 3
+
+
 def test_what_is_written(tmp_path: Path) -> None:
     card = {
         "id": "one <i>",
