@@ -572,7 +572,8 @@ def _learn(
         seconds = time.process_time() - start
         result = evaluate(rival, examples)
         made = outcomes_of(task, examples, result.scores)
-        return {"cell": asdict(Cell(method, task, level, shots, seed, tuple(map(float, made)), 0, seconds))}
+        kept = bool(rival.config["training"]["kept"])
+        return {"cell": asdict(Cell(method, task, level, shots, seed, tuple(map(float, made)), 0, seconds, kept))}
     lesson = LESSONS[method]
     matcher = Matcher(_backbone(), ScoreConfig(lesson.score, lesson.timesteps))
     fitting = replace(lesson.config, seed=seed)
