@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from dsd.metrics import paired_difference
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
 from dsd.study import Cell, Failures, Place, Study, StudyConfig, gather, outcomes_of, run
-from dsd.study_report import Findings, summary, write_report
+from dsd.study_report import Findings, command, summary, write_report
 from dsd.sweep import groups_of, sweep
 from dsd.tasks import world_task
 from models import picture
@@ -123,12 +124,13 @@ def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatc
     # what is broken or was made by another lesson is made again, and nothing else
     broken = tmp_path / "cells" / "sweep-winoground-standard.json"
     broken.write_text("{")
-    lacking = gather(tmp_path, replace(SMALL, shots=(8, 16)))
+    lacking = gather(tmp_path, replace(SMALL, shots=(8, 16), seeds=2))
     assert lacking.missing == (
         "zero-shot scores and ablations of winoground standard",
-        "1 of 2 lessons of dsd prompt",
-        "1 of 2 lessons of dsd weights",
+        "3 of 4 lessons of dsd prompt",
+        "3 of 4 lessons of dsd weights",
     )
+    assert gather(tmp_path, replace(SMALL, methods=("dsd prompt",))).cells == first.cells
     assert lacking.cells == first.cells
     assert lacking.places[0].tags == first.places[0].tags
     assert lacking.places[0].chance == first.places[0].chance
@@ -167,6 +169,22 @@ def test_refused_commands(argv: list[str], tmp_path: Path, capsys: pytest.Captur
     assert main(["study", "--out", str(tmp_path / "s"), *argv]) == 2
     assert "expected" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_the_command_makes_the_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    grids: list[StudyConfig] = []
+
+    def watch(out: str, config: StudyConfig, **options: Any) -> Study:
+        grids.append(config)
+        raise OptionError("enough")
+
+    monkeypatch.setattr(study, "run", watch)
+    for grid in (study.StudyConfig(), study.FULL, study.QUICK, replace(SMALL, max_steps=None, passes=50, seeds=2)):
+        words = shlex.split(command(grid))
+        assert words[0] == "dsd"
+        assert main([*words[1:], "--out", str(tmp_path)]) == 2
+        assert replace(grids[-1], thorough=grid.thorough) == grid
+        assert grids[-1].thorough or not grid.thorough
 
 
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -221,12 +221,13 @@ class Study:
     """What was measured.
 
     Attributes:
-        config: The grid.
+        config: The grid; lessons that the folder has besides make it larger than what was asked for.
         places: Every task at every level.
         cells: Of few-shot methods.
         seconds: Of processor time, for all measurements.
-        missing: What of the grid is not there, in words.
+        missing: What of the grid that was asked for is not there, in words.
         failures: Of methods on tasks the worst and the closest examples.
+        asked: The grid that was asked for; None for the same.
     """
 
     config: StudyConfig
@@ -235,6 +236,7 @@ class Study:
     seconds: float
     missing: tuple[str, ...] = ()
     failures: tuple[Failures, ...] = ()
+    asked: StudyConfig | None = None
 
 
 def outcomes_of(task: str, examples: Sequence[Example], scores: Sequence[np.ndarray]) -> np.ndarray:
@@ -301,7 +303,8 @@ def gather(out: str | os.PathLike[str], config: StudyConfig) -> Study:
         shots=tuple(sorted({*config.shots, *(item[4] for item in there)})),
         seeds=max([config.seeds, *(1 + item[5] for item in there)]),
     )
-    work = list(dict.fromkeys((*_work(whole), *there)))
+    asked = _work(config)
+    work = list(dict.fromkeys((*asked, *there)))
     found = {item: values for item in work if (values := _kept(folder, config, item)) is not None}
     cells = [_cell(values["cell"]) for item, values in found.items() if item[0] == "lesson"]
     cells.sort(key=lambda c: (order.index(c.method), c.shots, c.seed))
@@ -314,11 +317,12 @@ def gather(out: str | os.PathLike[str], config: StudyConfig) -> Study:
         ),
         tuple(cells),
         sum(values["took"] for values in (*found.values(), *shown.values())),
-        tuple(_counted(work, found)),
+        tuple(_counted(asked, found)),
         tuple(
             Failures(method, task, level, shots, tuple(values["groups"]))
             for (_, task, level, method, shots), values in shown.items()
         ),
+        config,
     )
 
 

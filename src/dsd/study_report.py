@@ -348,7 +348,7 @@ def _markdown(found: Findings, plots: Sequence[str]) -> str:
     parts = [
         "# The study on the embedded model",
         f"Every method on every task of the procedural world; {study.seconds / 60:.0f} minutes of one core in all. "
-        f"Made by `{command(study.config)}`; the settings are in `study.json`.",
+        f"Made by `{command(study.asked or study.config)}`; the settings are in `study.json`.",
         *([f"Not measured yet: {'; '.join(study.missing)}."] if study.missing else []),
         *(f"![{name.replace('_', ' ')}]({name}.png)" for name in plots),
     ]
@@ -581,7 +581,7 @@ def _page(found: Findings, plots: Mapping[str, Figure], examples: Mapping[str, E
     return page.get_template("study.html").render(
         config=found.study.config,
         minutes=round(found.study.seconds / 60),
-        command=command(found.study.config),
+        command=command(found.study.asked or found.study.config),
         missing=found.study.missing,
         failures=[
             {"task": task, "level": of[0].level, "methods": of}
