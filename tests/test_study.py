@@ -143,7 +143,8 @@ def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatc
     assert [item[0:1] + item[3:4] for item in made] == [("sweep",), ("lesson", "dsd weights")]
     assert again.places[0].zero == first.places[0].zero
     # a smaller grid is part of what is there
-    assert run(tmp_path, replace(SMALL, methods=("dsd prompt",))) == again
+    smaller = replace(SMALL, methods=("dsd prompt",))
+    assert run(tmp_path, smaller) == replace(again, asked=smaller)
     with pytest.raises(OptionError, match="another request"):
         run(tmp_path, replace(SMALL, held_out=4))
 

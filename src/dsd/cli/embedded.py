@@ -34,7 +34,7 @@ def add(commands: Commands) -> None:
     study.add_argument("--tasks", metavar="T,T,...", help=f"some of {', '.join(WORLD_TASKS)}, novel (default: all)")
     study.add_argument("--levels", metavar="L,L,...", help=f"some of {', '.join(LEVELS)} (default: standard,hard)")
     study.add_argument("--methods", metavar="M;M;...", help="few-shot methods (default: five; a wrong one lists all)")
-    study.add_argument("--shots", type=integers, metavar="N,N,...", help="examples to learn from (default: 16,64,256)")
+    study.add_argument("--shots", type=integers, metavar="N,N,...", help="examples to learn from (default: 16,256)")
     study.add_argument("--seeds", type=int, metavar="N", help="draws of each number (default: 1)")
     study.add_argument("--held-out", type=int, metavar="N", help="examples a task to measure on (default: 200)")
     study.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
