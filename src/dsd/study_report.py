@@ -164,14 +164,13 @@ def _main_rows(found: Findings, level: str) -> list[dict[str, Any]]:
         cells = [c for p in places for c in found.cells(method, p.task, level, shots)]
         if not cells:
             continue
-        times = [c.seconds for c in cells if c.seconds is not None]
         rows.append(
             {
                 "method": method,
                 "shots": shots if method in found.few_shot else 0,
                 "passes": cells[0].passes,
                 **metrics,
-                "fit s": round(float(np.mean(times))) if times else None,
+                "fit s": _mean([c.seconds for c in cells]),
             }
         )
     return rows
@@ -229,7 +228,7 @@ def _shot_rows(found: Findings, level: str) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"method": method, "shots": shots}
             row["draws"] = f"{min(draws)} to {max(draws)}" if min(draws) < max(draws) else draws[0]
             row |= {_headline(p): found.metric(method, p.task, level, shots) for p in places}
-            row["fit s"] = round(float(np.mean([c.seconds for c in cells if c.seconds is not None])))
+            row["fit s"] = _mean([c.seconds for c in cells])
             row["kept"] = f"{sum(kept)} of {len(kept)}" if kept else ""
             rows.append(row)
     return rows
@@ -263,6 +262,12 @@ def _ablation_rows(found: Findings, level: str, name: str) -> list[dict[str, Any
         }
         for value in values
     ]
+
+
+def _mean(seconds: Sequence[float | None]) -> int | None:
+    """Of those that are known."""
+    known = [value for value in seconds if value is not None]
+    return round(float(np.mean(known))) if known else None
 
 
 def _metric(outcomes: Sequence[float]) -> Metric:
