@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +22,8 @@ from dsd.contracts import OptionError
 from dsd.metrics import paired_difference
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
-from dsd.study import Cell, Place, Study, StudyConfig, outcomes_of, run
-from dsd.study_report import Findings, summary, write_report
+from dsd.study import Cell, Failures, Place, Study, StudyConfig, gather, outcomes_of, run
+from dsd.study_report import Findings, command, summary, write_report
 from dsd.sweep import groups_of, sweep
 from dsd.tasks import world_task
 from models import picture
@@ -88,6 +89,7 @@ SMALL = StudyConfig(
     held_out=3,
     passes=5,
     max_steps=2,
+    thorough=True,
 )
 
 
@@ -109,8 +111,12 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 @pytest.mark.slow
 def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(tmp_path, SMALL)
-    assert len(made) == 4
+    assert [item[0] for item in made] == ["sweep", "blind", "lesson", "lesson", "failures"]
     assert [c.method for c in first.cells] == ["dsd prompt", "dsd weights"]
+    assert first.missing == ()
+    assert [(f.method, f.shots) for f in first.failures] == [("denoising", 0)]
+    assert sum(len(group["cards"]) for group in first.failures[0].groups) == 3
+    assert gather(tmp_path, SMALL) == first
     assert all(len(c.outcomes) == 3 for c in (*first.cells, *first.places[0].zero))
     made.clear()
     assert run(tmp_path, SMALL) == first
@@ -118,6 +124,18 @@ def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatc
     # what is broken or was made by another lesson is made again, and nothing else
     broken = tmp_path / "cells" / "sweep-winoground-standard.json"
     broken.write_text("{")
+    lacking = gather(tmp_path, replace(SMALL, shots=(8, 16), seeds=2))
+    assert lacking.missing == (
+        "zero-shot scores and ablations of winoground standard",
+        "3 of 4 lessons of dsd prompt",
+        "3 of 4 lessons of dsd weights",
+    )
+    assert gather(tmp_path, replace(SMALL, methods=("dsd prompt",))).cells == first.cells
+    assert lacking.cells == first.cells
+    assert lacking.places[0].tags == first.places[0].tags
+    assert lacking.places[0].chance == first.places[0].chance
+    assert not lacking.places[0].ablations
+    assert "Not measured yet: zero-shot" in write_report(lacking, tmp_path / "report")[0].read_text()
     lesson = study.LESSONS["dsd weights"]
     other = replace(lesson, config=replace(lesson.config, draws=1))
     monkeypatch.setitem(study.LESSONS, "dsd weights", other)
@@ -125,7 +143,8 @@ def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatc
     assert [item[0:1] + item[3:4] for item in made] == [("sweep",), ("lesson", "dsd weights")]
     assert again.places[0].zero == first.places[0].zero
     # a smaller grid is part of what is there
-    assert run(tmp_path, replace(SMALL, methods=("dsd prompt",))) == again
+    smaller = replace(SMALL, methods=("dsd prompt",))
+    assert run(tmp_path, smaller) == replace(again, asked=smaller)
     with pytest.raises(OptionError, match="another request"):
         run(tmp_path, replace(SMALL, held_out=4))
 
@@ -151,6 +170,57 @@ def test_refused_commands(argv: list[str], tmp_path: Path, capsys: pytest.Captur
     assert main(["study", "--out", str(tmp_path / "s"), *argv]) == 2
     assert "expected" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+def test_the_command_makes_the_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    grids: list[StudyConfig] = []
+
+    def watch(out: str, config: StudyConfig, **options: Any) -> Study:
+        grids.append(config)
+        raise OptionError("enough")
+
+    monkeypatch.setattr(study, "run", watch)
+    for grid in (study.StudyConfig(), study.FULL, study.QUICK, replace(SMALL, max_steps=None, passes=50, seeds=2)):
+        words = shlex.split(command(grid))
+        assert words[0] == "dsd"
+        assert main([*words[1:], "--out", str(tmp_path)]) == 2
+        assert replace(grids[-1], thorough=grid.thorough) == grid
+        assert grids[-1].thorough or not grid.thorough
+
+
+def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "--out", str(tmp_path), "--report-only"]) == 2
+    assert "make one first" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_slow_lessons_are_few_unless_asked_for() -> None:
+    grid = StudyConfig(tasks=("comvg",), methods=("dsd prompt", "dsd weights"), shots=(16, 64), seeds=2)
+    lessons = [item[2:] for item in study._work(grid) if item[0] == "lesson"]
+    assert [item for item in lessons if item[1] == "dsd prompt"] == [("standard", "dsd prompt", 64, 0)]
+    assert sum(item[1] == "dsd weights" for item in lessons) == 8
+    every = [item for item in study._work(replace(grid, thorough=True)) if item[3:4] == ("dsd prompt",)]
+    assert len(every) == 8
+
+
+def test_the_best_that_was_kept_is_shown() -> None:
+    def cell(method: str, mean: float, shots: int = 64, kept: bool | None = True, seed: int = 0) -> Cell:
+        return Cell(method, "comvg", "standard", shots, seed, (mean,), 5, 1.0, kept)
+
+    cells = [
+        cell("dsd prompt", 0.6),
+        cell("dsd weights", 0.7),
+        cell("dsd heads", 0.8, kept=False),
+        cell("dsd tokens", 0.8, shots=16),
+        cell("dsd tokens", 0.8, seed=1),
+        cell("CLIP LoRA", 0.9, kept=None),
+    ]
+    items = study._shown(StudyConfig(tasks=("comvg", "vqa")), cells)
+    assert [item[1:] for item in items] == [
+        ("comvg", "standard", "denoising", 0),
+        ("comvg", "standard", "dsd weights", 64),
+        ("vqa", "standard", "denoising", 0),
+    ]
 
 
 def test_winoground_counts_whole_groups() -> None:
@@ -234,8 +304,34 @@ def test_findings_are_those_of_the_cells() -> None:
     assert found.metric("nonesuch", "comvg", "standard", 64) is None
 
 
-def test_what_is_written(tmp_path: Path) -> None:
+def test_words_never_seen_have_a_table() -> None:
     made = _study()
+    tags = tuple((("novel-fill", "novel-relation")[i % 2], "text-choice") for i in range(40))
+    cells = tuple(replace(c, task="novel") if c.task == "comvg" else c for c in made.cells)
+    zero = tuple(replace(c, task="novel") for c in made.places[0].zero)
+    places = (replace(made.places[0], task="novel", tags=tags, zero=zero), made.places[1])
+    novel = replace(made, config=replace(made.config, tasks=("novel", "winoground")), places=places, cells=cells)
+    rows = {row["method"]: row for row in summary(novel)["tables"]["Words that pretraining never saw, standard"]}
+    taught = np.array([c.outcomes for c in cells if (c.method, c.task, c.shots) == ("dsd prompt", "novel", 64)])
+    assert rows["dsd prompt"]["fill"]["value"] == pytest.approx(taught[:, ::2].mean())
+    assert rows["dsd prompt"]["relation"]["value"] == pytest.approx(taught[:, 1::2].mean())
+    assert rows["DiffusionITM, 50 passes"]["shots"] == 0
+    assert len(rows) == 4 + 3
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    card = {
+        "id": "one <i>",
+        "tags": ["subject"],
+        "won": False,
+        "margin": "0.1000",
+        "panels": [],
+        "rows": [{"picture": None, "text": "a <u>", "right": True, "chosen": False, "score": "0.1"}],
+    }
+    groups = ({"title": "The worst", "note": "1 of 40", "cards": [card]},)
+    made = replace(
+        _study(), missing=("3 of 4 lessons of x",), failures=(Failures("dsd prompt", "comvg", "standard", 64, groups),)
+    )
     example = replace(world_task("comvg", "val", "easy", 1, 0)[0], texts=("a <b>bold</b> claim",), positives=((0, 0),))
     written = write_report(made, tmp_path, {"comvg": example})
     assert {p.suffix for p in written} == {".md", ".tex", ".csv", ".json", ".html", ".png"}
@@ -243,7 +339,10 @@ def test_what_is_written(tmp_path: Path) -> None:
     page = (tmp_path / "study.html").read_text()
     assert "<b>bold" not in page
     assert "CLIP &lt;CoOp&gt;" in page
-    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "one &lt;i&gt;" in page
+    assert "a &lt;u&gt;" in page
+    assert "3 of 4 lessons of x" in page
+    assert not re.search(r"(src|href)=\"(?!data:|\")", page)
     text = (tmp_path / "study.md").read_text()
     assert "denoising, 50 passes has 0." in text or "denoising, 50 passes has 1." in text
     assert "carries no claim" in text

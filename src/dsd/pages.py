@@ -35,6 +35,8 @@ _LARGEST = 512
 _WORDS = 60
 """Words of a caption that can be pointed at; each has a map in the page."""
 
+_SHADES = 48
+
 Explain = Callable[[ImageInput, str], Explanation]
 
 
@@ -180,6 +182,26 @@ def failure_page(
         OptionError: ``count`` is negative.
         ImageError: A picture cannot be read.
     """
+    return _render(
+        "failures.html",
+        title=title,
+        lead="The examples that a result lost by most, and those that were nearly tied: what matches beside what was "
+        "chosen" + (", and where the model sees each word of either." if explain else "."),
+        groups=failure_groups(result, examples, explain, count=count),
+        metrics={name: format_interval(m) for name, m in result.metrics.items()},
+        mapped=explain is not None,
+        settings=_flat(result.config),
+    )
+
+
+def failure_groups(
+    result: Result, examples: Sequence[Example], explain: Explain | None = None, *, count: int = 6
+) -> list[dict[str, Any]]:
+    """What :func:`failure_page` shows, as plain values: ``title``, ``note`` and ``cards`` of the worst and the closest.
+
+    Raises:
+        ManifestError, OptionError, ImageError: As :func:`failure_page`.
+    """
     if count < 0:
         raise OptionError(f"got {count} examples to show, expected 0 or more")
     if tuple(e.id for e in examples) != tuple(result.ids):
@@ -193,7 +215,7 @@ def failure_page(
     # an example is shown once
     left = [m for m in margins if m not in worst and math.isfinite(m.value)]
     closest = sorted(left, key=lambda m: (abs(m.value), m.example))[:count]
-    groups = [
+    return [
         {
             "title": "The worst",
             "note": f"{len(lost)} of {len(margins)} examples hold a choice that was not won; these are lost by most.",
@@ -205,16 +227,6 @@ def failure_page(
             "cards": [_failure(m, examples[m.example], explain) for m in closest],
         },
     ]
-    return _render(
-        "failures.html",
-        title=title,
-        lead="The examples that a result lost by most, and those that were nearly tied: what matches beside what was "
-        "chosen" + (", and where the model sees each word of either." if explain else "."),
-        groups=groups,
-        metrics={name: format_interval(m) for name, m in result.metrics.items()},
-        mapped=explain is not None,
-        settings=_flat(result.config),
-    )
 
 
 def _worst(index: int, result: Result) -> _Margin | None:
@@ -305,11 +317,11 @@ def _panel(
     values |= {
         "plain": False,
         "words": [
-            {"text": word, "veil": data_uri(veil(heat)), "decides": i in decides}
+            {"text": word, "veil": _veil(heat), "decides": i in decides}
             for i, (word, heat) in enumerate(zip(e.words[:_WORDS], e.maps[:_WORDS], strict=True))
         ],
-        "phrases": [{"text": p.text, "veil": data_uri(veil(p.map))} for p in phrases],
-        "map": None if signed is None else data_uri(veil(signed)),
+        "phrases": [{"text": p.text, "veil": _veil(p.map)} for p in phrases],
+        "map": None if signed is None else _veil(signed),
         "rest": phrases[0].text if phrases and signed is None else "",
     }
     if signed is not None:
@@ -322,6 +334,11 @@ def _panel(
             "by_layer": _bars([(_short(name), v) for name, v in layers]) if len(layers) > 1 else None,
         }
     return values
+
+
+def _veil(heat: np.ndarray) -> str:
+    """A map to lay over a picture, in few shades: a page has many, and each is a quarter as large so."""
+    return data_uri(veil(heat).quantize(_SHADES, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE))
 
 
 def _short(layer: str) -> str:

@@ -12,8 +12,9 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.resources import files
@@ -28,19 +29,26 @@ from dsd.backbone import Backbone, load_backbone
 from dsd.baselines import baseline
 from dsd.contracts import Example, OptionError
 from dsd.evaluate import claim, dataset_checksum, evaluate, write_text
+from dsd.explanation import ExplainConfig
 from dsd.learn import FitConfig
 from dsd.matcher import Matcher
 from dsd.metrics import outcomes
+from dsd.pages import failure_groups
 from dsd.prompts import PromptConfig
 from dsd.scores import ScoreConfig
 from dsd.sweep import ERRORS, groups_of, sweep
 from dsd.tasks import WORLD_TASKS, world_task
 
 MODEL = "tiny"
+NOVEL = "novel"
+"""Choices as in ``comvg`` about the fill and the relation whose words pretraining never saw."""
+TASKS = (*WORLD_TASKS, NOVEL)
 MANY = 50
 """Passes a pair of the Diffusion Classifier; its evenly spaced timesteps are those of a sweep."""
 FEW = (50, 150, 250, 350, 500)
 """Timesteps of attention that is taught: five passes a pair."""
+SHOWN = 2
+"""How many of the worst and of the closest examples are shown of a method on a task."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +86,15 @@ RIVALS = {"CLIP linear probe": "clip-linear-probe", "CLIP CoOp": "clip-coop", "C
 
 BLIND = {"chance": "chance", "caption length": "caption-length", "CLIP": "clip"}
 """Zero-shot methods without a diffusion model."""
+ZERO = {"sweep": "zero-shot scores and ablations", "blind": "CLIP and blind baselines"}
+"""What a measurement without learning is of."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
     """The grid.
+
+    The default takes less than an hour on two cores; :data:`QUICK` takes minutes, :data:`FULL` a day.
 
     Attributes:
         tasks, levels: Of the embedded world.
@@ -92,20 +104,28 @@ class StudyConfig:
         held_out: Examples a task and level to measure on.
         passes: Of a sweep.
         max_steps: Optimizer steps of a lesson at most; None leaves them as they are.
+        thorough: Whether methods of ours that learn by gradient, which take minutes a lesson, are measured as often as
+            the others; otherwise at the first level, with the most examples, once.
     """
 
-    tasks: tuple[str, ...] = WORLD_TASKS
+    tasks: tuple[str, ...] = TASKS
     levels: tuple[str, ...] = ("standard", "hard")
-    methods: tuple[str, ...] = (*LESSONS, *RIVALS)
-    shots: tuple[int, ...] = (16, 64, 256)
+    methods: tuple[str, ...] = ("dsd prompt and denoising", "dsd weights", *RIVALS)
+    shots: tuple[int, ...] = (16, 256)
     seeds: int = 1
     held_out: int = 200
     passes: int = MANY
     max_steps: int | None = None
+    thorough: bool = False
+
+    @property
+    def places(self) -> list[tuple[str, str]]:
+        """Every task at every level."""
+        return [(task, level) for level in self.levels for task in self.tasks]
 
     def __post_init__(self) -> None:
         for name, got, known in (
-            ("tasks", self.tasks, WORLD_TASKS),
+            ("tasks", self.tasks, TASKS),
             ("levels", self.levels, ("easy", "standard", "hard")),
             ("methods", self.methods, (*LESSONS, *RIVALS)),
         ):
@@ -119,6 +139,7 @@ class StudyConfig:
 
 
 QUICK = StudyConfig(
+    tasks=WORLD_TASKS,
     levels=("standard",),
     methods=("dsd prompt and denoising", "dsd weights", "CLIP LoRA"),
     shots=(64,),
@@ -127,6 +148,8 @@ QUICK = StudyConfig(
     max_steps=60,
 )
 """A look at the whole in minutes."""
+FULL = StudyConfig(methods=(*LESSONS, *RIVALS), shots=(16, 64, 256), seeds=3, thorough=True)
+"""Everything: a day on two cores."""
 
 
 @dataclass(frozen=True)
@@ -176,20 +199,44 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Failures:
+    """Where a method fails on a task, with maps of what it saw.
+
+    Attributes:
+        method: Its name.
+        task, level: Of the held-out examples.
+        shots: Of what it learned from; zero for none.
+        groups: Of :func:`dsd.pages.failure_groups`.
+    """
+
+    method: str
+    task: str
+    level: str
+    shots: int
+    groups: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
 class Study:
     """What was measured.
 
     Attributes:
-        config: The grid.
+        config: The grid; lessons that the folder has besides make it larger than what was asked for.
         places: Every task at every level.
         cells: Of few-shot methods.
-        seconds: Of all measurements, on one core each.
+        seconds: Of processor time, for all measurements.
+        missing: What of the grid that was asked for is not there, in words.
+        failures: Of methods on tasks the worst and the closest examples.
+        asked: The grid that was asked for; None for the same.
     """
 
     config: StudyConfig
     places: tuple[Place, ...]
     cells: tuple[Cell, ...]
     seconds: float
+    missing: tuple[str, ...] = ()
+    failures: tuple[Failures, ...] = ()
+    asked: StudyConfig | None = None
 
 
 def outcomes_of(task: str, examples: Sequence[Example], scores: Sequence[np.ndarray]) -> np.ndarray:
@@ -208,7 +255,7 @@ def run(
     announce: Callable[[str], None] = lambda text: None,
     progress: bool = False,
 ) -> Study:
-    """Makes the study in a folder, or goes on with one of the same grid that was stopped there.
+    """Makes the study in a folder, or goes on with one that was stopped there.
 
     A grid that grew (more methods, shots, seeds, tasks or levels) goes on too; what is there is not made again. Lessons
     of earlier grids in the folder, on the same tasks and levels, are part of the study.
@@ -223,49 +270,115 @@ def run(
         OptionError: If the folder holds a study of other held-out examples, passes or steps, or cannot be written.
     """
     folder = Path(out)
-    claim(folder, "study", {"study": {k: asdict(config)[k] for k in ("held_out", "passes", "max_steps")}})
-    places = [(task, level) for level in config.levels for task in config.tasks]
-    work: list[tuple[Any, ...]] = [(what, *place) for what in ("sweep", "blind") for place in places]
-    work += [
-        ("lesson", task, level, method, shots, seed)
-        for seed in range(config.seeds)
-        for shots in sorted(config.shots, reverse=True)
-        for method in config.methods
-        for task, level in places
-    ]
+    _claim(folder, config)
+    work = _work(config)
     left = [item for item in work if _kept(folder, config, item) is None]
     if left:
         announce(f"{len(work) - len(left)} of {len(work)} measurements are there, {len(left)} are left")
     with tqdm(total=len(work), initial=len(work) - len(left), desc="study", disable=not progress) as bar:
         _share(folder, config, left, jobs, bar)
-    work += [item for item in _earlier(folder, config) if item not in work]
-    found = {item: _kept(folder, config, item) or {} for item in work}
-    cells = [_cell(found[item]["cell"]) for item in work if item[0] == "lesson"]
+        shown = _shown(config, gather(out, config).cells)
+        left = [item for item in shown if _kept(folder, config, item) is None]
+        bar.total += len(left)
+        _share(folder, config, left, jobs, bar)
+    return gather(out, config)
+
+
+def gather(out: str | os.PathLike[str], config: StudyConfig) -> Study:
+    """What of a study is there, without measuring anything.
+
+    Raises:
+        OptionError: If the folder holds no measurement of the grid, or a study of other held-out examples, passes or
+            steps.
+    """
+    folder = Path(out)
+    if not any((folder / "cells").glob("*.json")):
+        raise OptionError(f"got {str(out)!r} without measurements, expected the folder of a study; make one first")
+    _claim(folder, config)
+    there = [i for i in _lessons(folder) if i[1:3] in config.places and _holds(folder, config, i)]
     order = (*LESSONS, *RIVALS)
-    cells.sort(key=lambda c: (order.index(c.method), c.shots, c.seed))
     whole = replace(
         config,
-        methods=tuple(dict.fromkeys(c.method for c in cells)),
-        shots=tuple(sorted({c.shots for c in cells})),
-        seeds=1 + max(c.seed for c in cells),
+        methods=tuple(m for m in order if m in (*config.methods, *(item[3] for item in there))),
+        shots=tuple(sorted({*config.shots, *(item[4] for item in there)})),
+        seeds=max([config.seeds, *(1 + item[5] for item in there)]),
     )
+    asked = _work(config)
+    work = list(dict.fromkeys((*asked, *there)))
+    found = {item: values for item in work if (values := _kept(folder, config, item)) is not None}
+    cells = [_cell(values["cell"]) for item, values in found.items() if item[0] == "lesson"]
+    cells.sort(key=lambda c: (order.index(c.method), c.shots, c.seed))
+    shown = {item: values for item in _shown(config, cells) if (values := _kept(folder, config, item)) is not None}
     return Study(
         whole,
-        tuple(_place(found["sweep", *place], found["blind", *place]) for place in places),
+        tuple(
+            _place(config, *place, found.get(("sweep", *place)), found.get(("blind", *place)))
+            for place in config.places
+        ),
         tuple(cells),
-        sum(values["took"] for values in found.values()),
+        sum(values["took"] for values in (*found.values(), *shown.values())),
+        tuple(_counted(asked, found)),
+        tuple(
+            Failures(method, task, level, shots, tuple(values["groups"]))
+            for (_, task, level, method, shots), values in shown.items()
+        ),
+        config,
     )
 
 
-def _earlier(folder: Path, config: StudyConfig) -> list[tuple[Any, ...]]:
-    """Lessons in the folder that still hold, on tasks and levels of this grid."""
+def _claim(folder: Path, config: StudyConfig) -> None:
+    claim(folder, "study", {"study": {k: asdict(config)[k] for k in ("held_out", "passes", "max_steps")}})
+
+
+def _work(config: StudyConfig) -> list[tuple[Any, ...]]:
+    """Every measurement of the grid: what of, and then as the functions that make it take it."""
+    work: list[tuple[Any, ...]] = [(what, *place) for what in ("sweep", "blind") for place in config.places]
+    work += [
+        ("lesson", *place, method, shots, seed)
+        for seed in range(config.seeds)
+        for shots in sorted(config.shots, reverse=True)
+        for method in config.methods
+        for place in config.places
+        if config.thorough
+        or method not in LESSONS
+        or LESSONS[method].config.method == "weights"
+        or (place[1], shots, seed) == (config.levels[0], max(config.shots), 0)
+    ]
+    return work
+
+
+def _counted(work: Sequence[tuple[Any, ...]], found: Container[tuple[Any, ...]]) -> Iterator[str]:
+    """What of the work was not found, in words: how many lessons of each method, and places without others."""
+    for what, name in ZERO.items():
+        places = [f"{item[1]} {item[2]}" for item in work if item[0] == what and item not in found]
+        if places:
+            yield f"{name} of {', '.join(places)}"
+    for method in dict.fromkeys(item[3] for item in work if item[0] == "lesson"):
+        lessons = [item in found for item in work if item[3:4] == (method,)]
+        if not all(lessons):
+            yield f"{lessons.count(False)} of {len(lessons)} lessons of {method}"
+
+
+def _shown(config: StudyConfig, cells: Sequence[Cell]) -> list[tuple[Any, ...]]:
+    """Whose failures are shown: at the first level, of each task, zero-shot and the best of ours that learned."""
+    level = config.levels[0]
+    items: list[tuple[Any, ...]] = []
+    for task in config.tasks:
+        items.append(("failures", task, level, "denoising", 0))
+        ours = [c for c in cells if (c.task, c.level, c.seed) == (task, level, 0) and c.method in LESSONS and c.kept]
+        best = max(ours, key=lambda c: (c.shots, np.mean(c.outcomes)), default=None)
+        if best is not None:
+            items.append(("failures", task, level, best.method, best.shots))
+    return items
+
+
+def _lessons(folder: Path) -> list[tuple[Any, ...]]:
+    """Lessons in the folder, whether they still hold or not."""
     found = []
     for path in sorted((folder / "cells").glob("lesson-*.json")):
-        cell = json.loads(path.read_text("utf-8"))["cell"]
-        item = ("lesson", cell["task"], cell["level"], cell["method"], cell["shots"], cell["seed"])
-        known = cell["task"] in config.tasks and cell["level"] in config.levels
-        if known and cell["method"] in (*LESSONS, *RIVALS) and _kept(folder, config, item) is not None:
-            found.append(item)
+        with suppress(ValueError, KeyError):  # broken: made again when asked for
+            cell = json.loads(path.read_text("utf-8"))["cell"]
+            found.append(("lesson", cell["task"], cell["level"], cell["method"], cell["shots"], cell["seed"]))
     return found
 
 
@@ -296,9 +409,14 @@ def _path(folder: Path, item: Sequence[Any]) -> Path:
     return folder / "cells" / f"{name}.json"
 
 
+def _adapter_path(folder: Path, task: str, level: str, method: str, shots: int) -> Path:
+    """Where what a lesson of the first seed taught is kept."""
+    return _path(folder, ("lesson", task, level, method, shots, 0)).with_suffix(".adapter")
+
+
 def _made_by(config: StudyConfig, item: Sequence[Any]) -> dict[str, Any]:
     """What decides a measurement besides what the folder is of: other values make it anew."""
-    if item[0] == "sweep":
+    if item[0] == "sweep" or item[3:4] == ("denoising",):
         return {"model": _digest("weights")}
     if item[0] == "blind" or item[3] in RIVALS:
         return {"model": _digest("clip_weights")}
@@ -324,13 +442,22 @@ def _kept(folder: Path, config: StudyConfig, item: Sequence[Any]) -> dict[str, A
     return values if values.get("made_by") == json.loads(json.dumps(_made_by(config, item))) else None
 
 
+def _holds(folder: Path, config: StudyConfig, item: tuple[Any, ...]) -> bool:
+    return item[3] in (*LESSONS, *RIVALS) and _kept(folder, config, item) is not None
+
+
 def _do(folder: Path, config: StudyConfig, item: tuple[Any, ...]) -> None:
     """Makes one measurement, and keeps it."""
     torch.set_num_threads(1)
-    start = time.perf_counter()
-    makers: dict[str, Callable[..., dict[str, Any]]] = {"sweep": _sweep, "blind": _blind, "lesson": _learn}
+    start = time.process_time()
+    makers: dict[str, Callable[..., dict[str, Any]]] = {
+        "sweep": _sweep,
+        "blind": _blind,
+        "lesson": _learn,
+        "failures": _fail,
+    }
     values = {**makers[item[0]](folder, config, *item[1:]), "made_by": _made_by(config, item)}
-    values["took"] = time.perf_counter() - start
+    values["took"] = time.process_time() - start
     write_text(_path(folder, item), json.dumps(values) + "\n")
 
 
@@ -340,9 +467,14 @@ def _backbone() -> Backbone:
     return load_backbone(MODEL, device="cpu")
 
 
+def task_of(task: str, split: str, level: str, count: int, seed: int) -> list[Example]:
+    """Examples of a task of the study; see :func:`dsd.tasks.world_task`."""
+    return world_task("comvg" if task == NOVEL else task, split, level, count, seed, task == NOVEL)
+
+
 def held_out(config: StudyConfig, task: str, level: str) -> list[Example]:
     """The examples that every method is measured on."""
-    return world_task(task, "test", level, config.held_out, 0)
+    return task_of(task, "test", level, config.held_out, 0)
 
 
 def _tables(examples: Sequence[Example], scores: np.ndarray) -> list[np.ndarray]:
@@ -435,16 +567,17 @@ def _learn(
     folder: Path, config: StudyConfig, task: str, level: str, method: str, shots: int, seed: int
 ) -> dict[str, Any]:
     """Teaches one method, and measures what it learned."""
-    few = world_task(task, "few-shot", level, shots, seed)
+    few = task_of(task, "few-shot", level, shots, seed)
     examples = held_out(config, task, level)
-    start = time.perf_counter()
+    start = time.process_time()
     if method in RIVALS:
         rival = baseline(RIVALS[method])
         rival.fit(few, seed=seed)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         result = evaluate(rival, examples)
         made = outcomes_of(task, examples, result.scores)
-        return {"cell": asdict(Cell(method, task, level, shots, seed, tuple(map(float, made)), 0, seconds))}
+        kept = bool(rival.config["training"]["kept"])
+        return {"cell": asdict(Cell(method, task, level, shots, seed, tuple(map(float, made)), 0, seconds, kept))}
     lesson = LESSONS[method]
     matcher = Matcher(_backbone(), ScoreConfig(lesson.score, lesson.timesteps))
     fitting = replace(lesson.config, seed=seed)
@@ -453,9 +586,11 @@ def _learn(
     checkpoint = _path(folder, ("lesson", task, level, method, shots, seed)).with_suffix(".checkpoint")
     try:
         matcher.fit(few, config=fitting, prompt=lesson.prompt, checkpoint=checkpoint, resume=True)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         result = evaluate(matcher, examples)
         assert matcher.adapter is not None
+        if seed == 0:  # pages show what it sees
+            matcher.adapter.save(_adapter_path(folder, task, level, method, shots))
         training, passes = matcher.adapter.training, matcher.score_config.passes
     finally:
         matcher.forget()
@@ -468,16 +603,45 @@ def _learn(
     return {"cell": asdict(cell)}
 
 
+def _fail(folder: Path, config: StudyConfig, task: str, level: str, method: str, shots: int) -> dict[str, Any]:
+    """Where a method fails: zero-shot denoising, or one of ours."""
+    examples = held_out(config, task, level)
+    lesson = LESSONS.get(method)
+    matcher = Matcher(_backbone(), ScoreConfig("denoising", FEW))
+    if lesson is not None:
+        kept = _adapter_path(folder, task, level, method, shots)
+        if not kept.is_dir():  # it was learned before adapters were kept
+            _do(folder, config, ("lesson", task, level, method, shots, 0))
+        matcher.load_adapter(kept)
+    explaining = ExplainConfig(draws=2, words=False)
+    try:
+        groups = failure_groups(
+            evaluate(matcher, examples),
+            examples,
+            lambda image, text: matcher.explain(image, text, config=explaining),
+            count=SHOWN,
+        )
+    finally:
+        matcher.forget()
+    return {"groups": groups}
+
+
 def _cell(values: Mapping[str, Any]) -> Cell:
     return Cell(**{**values, "outcomes": tuple(values["outcomes"])})
 
 
-def _place(values: Mapping[str, Any], blind: Mapping[str, Any]) -> Place:
+def _place(
+    config: StudyConfig, task: str, level: str, swept: Mapping[str, Any] | None, blind: Mapping[str, Any] | None
+) -> Place:
+    """A place as far as it was measured."""
+    if swept is None:
+        examples = held_out(config, task, level)
+        swept = {"tags": [e.tags for e in examples], "chance": _chance(task, examples), "zero": [], "ablations": {}}
     return Place(
-        values["task"],
-        values["level"],
-        tuple(tuple(tags) for tags in values["tags"]),
-        values["chance"],
-        tuple(_cell(cell) for cell in (*values["zero"], *blind["zero"])),
-        {name: {k: tuple(v) for k, v in found.items()} for name, found in values["ablations"].items()},
+        task,
+        level,
+        tuple(tuple(tags) for tags in swept["tags"]),
+        swept["chance"],
+        tuple(_cell(cell) for cell in (*swept["zero"], *(blind or {"zero": []})["zero"])),
+        {name: {k: tuple(v) for k, v in found.items()} for name, found in swept["ablations"].items()},
     )

@@ -21,13 +21,17 @@ from dsd.contracts import Example
 from dsd.evaluate import Metric, installed_versions, write_bytes, write_text
 from dsd.images import load_image
 from dsd.metrics import average_difference, bootstrap_interval, crossed_interval, paired_difference
+from dsd.pictures import HEAT
 from dsd.report import format_interval, table
+from dsd.tiny.world import NOVEL_FILL, NOVEL_RELATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dsd.study import Cell, Place, Study
+    from dsd.study import Cell, Place, Study, StudyConfig
 
+NOVEL = "novel"
+"""The task of :data:`dsd.study.NOVEL`, whose module needs torch."""
 CEILING = 0.95
 """A level on which a zero-shot method is above this carries no claim."""
 OURS = "dsd "
@@ -87,10 +91,7 @@ class Findings:
     def metric(self, method: str, task: str, level: str, shots: int) -> Metric | None:
         """The mean outcome with its interval over examples and seeds."""
         rows = self.outcomes(method, task, level, shots)
-        if not len(rows):
-            return None
-        value, low, high = crossed_interval(rows) if len(rows) > 1 else bootstrap_interval(rows[0])
-        return {"value": value, "low": low, "high": high, "n": rows.shape[1]}
+        return _metric_of(rows) if len(rows) else None
 
     def difference(self, a: str, b: str, task: str, level: str, shots: int) -> Mapping[str, float] | None:
         """How much better ``a`` is than ``b`` on a task; outcomes are averaged over seeds first."""
@@ -163,14 +164,13 @@ def _main_rows(found: Findings, level: str) -> list[dict[str, Any]]:
         cells = [c for p in places for c in found.cells(method, p.task, level, shots)]
         if not cells:
             continue
-        times = [c.seconds for c in cells if c.seconds is not None]
         rows.append(
             {
                 "method": method,
                 "shots": shots if method in found.few_shot else 0,
                 "passes": cells[0].passes,
                 **metrics,
-                "fit s": round(float(np.mean(times))) if times else None,
+                "fit s": _mean([c.seconds for c in cells]),
             }
         )
     return rows
@@ -224,10 +224,30 @@ def _shot_rows(found: Findings, level: str) -> list[dict[str, Any]]:
             if not cells:
                 continue
             kept = [c.kept for c in cells if c.kept is not None]
+            draws = [n for p in places if (n := len(found.cells(method, p.task, level, shots)))]
             row: dict[str, Any] = {"method": method, "shots": shots}
+            row["draws"] = f"{min(draws)} to {max(draws)}" if min(draws) < max(draws) else draws[0]
             row |= {_headline(p): found.metric(method, p.task, level, shots) for p in places}
-            row["fit s"] = round(float(np.mean([c.seconds for c in cells if c.seconds is not None])))
+            row["fit s"] = _mean([c.seconds for c in cells])
             row["kept"] = f"{sum(kept)} of {len(kept)}" if kept else ""
+            rows.append(row)
+    return rows
+
+
+def _novel_rows(found: Findings, level: str) -> list[dict[str, Any]]:
+    """A row a method, a column a word that pretraining never saw."""
+    place = next((p for p in found.study.places if (p.task, p.level) == (NOVEL, level)), None)
+    if place is None:
+        return []
+    shots = max(found.study.config.shots)
+    rows = []
+    for method in (*found.zero_shot, *found.few_shot):
+        row: dict[str, Any] = {"method": method, "shots": shots if method in found.few_shot else 0}
+        for tag in sorted({tag for tags in place.tags for tag in tags if tag.startswith("novel-")}):
+            outcomes = found.outcomes(method, NOVEL, level, shots, tag)
+            if len(outcomes):
+                row[tag.removeprefix("novel-")] = _metric_of(outcomes)
+        if len(row) > 2:
             rows.append(row)
     return rows
 
@@ -236,14 +256,28 @@ def _ablation_rows(found: Findings, level: str, name: str) -> list[dict[str, Any
     places = [p for p in found.study.places if p.level == level]
     values = dict.fromkeys(v for p in places for v in p.ablations.get(name, {}))
     return [
-        {"": value, **{_headline(p): _metric(p.ablations[name][value]) for p in places if value in p.ablations[name]}}
+        {
+            "": value,
+            **{_headline(p): _metric(p.ablations[name][value]) for p in places if value in p.ablations.get(name, {})},
+        }
         for value in values
     ]
 
 
+def _mean(seconds: Sequence[float | None]) -> int | None:
+    """Of those that are known."""
+    known = [value for value in seconds if value is not None]
+    return round(float(np.mean(known))) if known else None
+
+
 def _metric(outcomes: Sequence[float]) -> Metric:
-    value, low, high = bootstrap_interval(outcomes)
-    return {"value": value, "low": low, "high": high, "n": len(outcomes)}
+    return _metric_of(np.array([outcomes]))
+
+
+def _metric_of(rows: np.ndarray) -> Metric:
+    """The mean of (seeds, examples) with its interval over both."""
+    value, low, high = crossed_interval(rows) if len(rows) > 1 else bootstrap_interval(rows[0])
+    return {"value": value, "low": low, "high": high, "n": rows.shape[1]}
 
 
 def _points(gap: Mapping[str, float]) -> str:
@@ -279,9 +313,35 @@ def _sections(found: Findings) -> Iterator[tuple[str, str, list[dict[str, Any]]]
             "Points over the zero-shot denoising score with so many passes, paired.",
             _many_rows(found, level),
         )
-        yield f"Number of examples, {level}", "", _shot_rows(found, level)
+        yield (
+            f"Number of examples, {level}",
+            "The mean over draws of the examples, with its interval over draws and held-out examples. Fit seconds: "
+            "processor time of one core, the mean over tasks and draws. Kept: lessons beyond doubt better than the "
+            "score that they started from; of others that score is measured.",
+            _shot_rows(found, level),
+        )
+        yield (
+            f"Words that pretraining never saw, {level}",
+            f"Choices of two that hinge on the fill “{NOVEL_FILL}” or the relation “{NOVEL_RELATION}”.",
+            _novel_rows(found, level),
+        )
         for name in dict.fromkeys(n for p in found.study.places for n in p.ablations):
             yield f"{name[0].upper()}{name[1:]}, {level}", "Zero-shot.", _ablation_rows(found, level, name)
+
+
+def command(config: StudyConfig) -> str:
+    """What makes the study of a grid."""
+    base = type(config)()
+    given = {
+        "tasks": ",".join(config.tasks) if config.tasks != base.tasks else "",
+        "levels": ",".join(config.levels) if config.levels != base.levels else "",
+        "methods": f"'{';'.join(config.methods)}'" if config.thorough or config.methods != base.methods else "",
+        "shots": ",".join(map(str, config.shots)) if config.shots != base.shots else "",
+        "seeds": str(config.seeds) if config.seeds != base.seeds else "",
+        "held-out": str(config.held_out) if config.held_out != base.held_out else "",
+    }
+    size = [] if config.max_steps is None else ["--quick"]
+    return " ".join(["dsd study", *size, *(f"--{name} {value}" for name, value in given.items() if value)])
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -293,7 +353,8 @@ def _markdown(found: Findings, plots: Sequence[str]) -> str:
     parts = [
         "# The study on the embedded model",
         f"Every method on every task of the procedural world; {study.seconds / 60:.0f} minutes of one core in all. "
-        "Made by `dsd study`; the settings are in `study.json`.",
+        f"Made by `{command(study.asked or study.config)}`; the settings are in `study.json`.",
+        *([f"Not measured yet: {'; '.join(study.missing)}."] if study.missing else []),
         *(f"![{name.replace('_', ' ')}]({name}.png)" for name in plots),
     ]
     for heading, note, rows in _sections(found):
@@ -432,8 +493,9 @@ def _passes_plot(found: Findings, level: str) -> Figure:
         found, level, f"Accuracy against denoiser passes a pair, {level}; taught with {shots} examples"
     )
     ours = [n for n in found.few_shot if n.startswith(OURS)]
+    most = found.study.config.passes
     for place, ax in places:
-        curve = place.ablations["denoising by number of timesteps"]
+        curve = place.ablations.get("denoising by number of timesteps", {})
         counts = [int(n) for n in curve]
         ax.plot(
             counts,
@@ -456,7 +518,7 @@ def _passes_plot(found: Findings, level: str) -> Figure:
             top = max(best, key=lambda m: m["value"])
             ax.axhline(top["value"], color="#c0487f", linestyle="--", linewidth=1.2, label="few-shot CLIP, best")
         ax.set_xscale("log")
-        ticks = [n for n in (1, 2, 5, 10, 20, 50) if n <= max(counts)]
+        ticks = [n for n in (1, 2, 5, 10, 20, 50) if n <= most]
         ax.set_xticks(ticks, [str(n) for n in ticks])
         ax.minorticks_off()
         ax.set_xlabel("passes a pair")
@@ -524,6 +586,14 @@ def _page(found: Findings, plots: Mapping[str, Figure], examples: Mapping[str, E
     return page.get_template("study.html").render(
         config=found.study.config,
         minutes=round(found.study.seconds / 60),
+        command=command(found.study.asked or found.study.config),
+        missing=found.study.missing,
+        failures=[
+            {"task": task, "level": of[0].level, "methods": of}
+            for task in dict.fromkeys(f.task for f in found.study.failures)
+            if (of := [f for f in found.study.failures if f.task == task])
+        ],
+        heat=", ".join(HEAT),
         plots=[
             {"name": name.replace("_", ", "), "src": f"data:image/png;base64,{base64.b64encode(_png(figure)).decode()}"}
             for name, figure in plots.items()

@@ -25,11 +25,16 @@ def add(commands: Commands) -> None:
     study.add_argument(
         "--out", default="study", metavar="DIR", help="default: %(default)s; a study that is there goes on"
     )
-    study.add_argument("--quick", action="store_true", help="one level, few methods and examples: minutes")
-    study.add_argument("--tasks", metavar="T,T,...", help=f"some of {', '.join(WORLD_TASKS)} (default: all)")
+    size = study.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="one level, few methods, fewer examples: minutes")
+    size.add_argument("--full", action="store_true", help="every method, three draws: a day")
+    study.add_argument(
+        "--report-only", action="store_true", help="report what the folder has, and what is missing; measure nothing"
+    )
+    study.add_argument("--tasks", metavar="T,T,...", help=f"some of {', '.join(WORLD_TASKS)}, novel (default: all)")
     study.add_argument("--levels", metavar="L,L,...", help=f"some of {', '.join(LEVELS)} (default: standard,hard)")
-    study.add_argument("--methods", metavar="M;M;...", help="few-shot methods (default: all; a wrong one lists them)")
-    study.add_argument("--shots", type=integers, metavar="N,N,...", help="examples to learn from (default: 16,64,256)")
+    study.add_argument("--methods", metavar="M;M;...", help="few-shot methods (default: five; a wrong one lists all)")
+    study.add_argument("--shots", type=integers, metavar="N,N,...", help="examples to learn from (default: 16,256)")
     study.add_argument("--seeds", type=int, metavar="N", help="draws of each number (default: 1)")
     study.add_argument("--held-out", type=int, metavar="N", help="examples a task to measure on (default: 200)")
     study.add_argument("--jobs", type=int, metavar="N", help="processes (default: one a core)")
@@ -51,30 +56,36 @@ def _world(a: argparse.Namespace) -> None:
 
 
 def _study(a: argparse.Namespace) -> None:
-    from dsd.study import QUICK, StudyConfig, run
+    from dsd.study import FULL, QUICK, StudyConfig, gather, run, task_of
     from dsd.study_report import summary, write_report
-    from dsd.tasks import world_task
 
     named = {"tasks": (a.tasks, ","), "levels": (a.levels, ","), "methods": (a.methods, ";")}
     given: dict[str, Any] = {k: tuple(v.split(by)) for k, (v, by) in named.items() if v is not None}
     given |= {k: getattr(a, k) for k in ("shots", "seeds", "held_out") if getattr(a, k) is not None}
-    config = replace(QUICK if a.quick else StudyConfig(), **given)
+    base = QUICK if a.quick else FULL if a.full else StudyConfig()
+    # who names methods wants them as often as the others
+    config = replace(base, **given, thorough=base.thorough or a.methods is not None)
     jobs = os.cpu_count() or 1 if a.jobs is None else a.jobs
     if jobs < 1:
         raise OptionError(f"got {jobs} jobs, expected 1 or more")
-    made = run(
-        a.out,
-        config,
-        jobs=jobs,
-        announce=lambda text: print(f"dsd study: {text}", file=sys.stderr, flush=True),
-        progress=watched(),
-    )
-    shown = {task: world_task(task, "val", config.levels[0], 1, 0)[0] for task in config.tasks}
+    if a.report_only:
+        made = gather(a.out, config)
+    else:
+        made = run(
+            a.out,
+            config,
+            jobs=jobs,
+            announce=lambda text: print(f"dsd study: {text}", file=sys.stderr, flush=True),
+            progress=watched(),
+        )
+    shown = {task: task_of(task, "val", config.levels[0], 1, 0)[0] for task in config.tasks}
     written = write_report(made, a.out, shown)
     found = summary(made)
     if a.format == "json":
         print_json({"out": a.out, **found})
         return
+    if made.missing:
+        say(f"not measured yet: {'; '.join(made.missing)}")
     for heading, rows in list(found["tables"].items())[:2]:
         say(f"{heading}:")
         print_table(rows, tuple(dict.fromkeys(key for row in rows for key in row)))
