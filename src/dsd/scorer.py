@@ -431,82 +431,60 @@ class Scorer:
         latents = self.latents(images)
         texts = self.texts([text for _, text in pairs])
         timesteps = torch.tensor(times, device=self.backbone.device)
+        empty = empty and what.needs_empty
         shared = {key: k for k, key in enumerate(dict.fromkeys((image_of[i], s) for i, s in rows))}
-        blank = self._empty_passes(latents, list(shared), timesteps, what, noise) if empty else None
 
-        # a pass takes captions of one length only, so that nothing is padded for another's sake
-        lengths: dict[int, list[tuple[int, int]]] = {}
+        # a pass takes captions of one length only, so that nothing is padded for another's sake; those under the empty
+        # caption come first, because all others are compared with them
+        lengths: dict[int, list[tuple[int, int, int | None]]] = {}
+        if empty:
+            (nothing,) = self.backbone.encode_texts([""])
+            lengths[nothing.states.shape[1]] = [(image, s, None) for image, s in shared]
         for i, s in rows:
-            lengths.setdefault(texts[i].states.shape[1], []).append((i, s))
+            lengths.setdefault(texts[i].states.shape[1], []).append((image_of[i], s, i))
+        layers = tuple(dict.fromkeys((*what.layers, *what.empty_layers))) if empty else what.layers
+        blanks: list[Pass] = []
         for items in lengths.values():
             done = 0
 
-            def run(count: int, items: list[tuple[int, int]] = items) -> None:
+            def run(count: int, items: list[tuple[int, int, int | None]] = items) -> None:
                 nonlocal done
                 part = items[done : done + count]
-                index = [i for i, _ in part]
-                step = torch.tensor([s for _, s in part], device=latents.device)
-                z = latents[[image_of[i] for i in index]]
-                first = {pairs[i][1]: i for i in reversed(index)}
+                step = torch.tensor([s for _, s, _ in part], device=latents.device)
+                said = ["" if i is None else pairs[i][1] for _, _, i in part]
+                first = {text: i for text, (_, _, i) in zip(reversed(said), reversed(part), strict=True)}
                 number = {text: k for k, text in enumerate(first)}
                 made = noised_pass(
                     self.backbone,
-                    z,
+                    latents[[image for image, _, _ in part]],
                     noise[step],
                     timesteps[step],
-                    TextStates.join([texts[i] for i in first.values()]),
-                    what.layers,
+                    TextStates.join([nothing if i is None else texts[i] for i in first.values()]),
+                    layers,
                     what.direction,
-                    captions=torch.tensor([number[pairs[i][1]] for i in index], device=latents.device),
+                    captions=torch.tensor([number[text] for text in said], device=latents.device),
                     over=what.over,
                     predict=what.sees_noise,
                 )
-                other = None if blank is None else blank.rows([shared[image_of[i], s] for i, s in part])
-                take(index, step, made, other)
                 done += len(part)
-                bar.update(len(part))
+                under = sum(i is None for _, _, i in part)  # the empty caption, at the head
+                if under:
+                    blanks.append(made.rows(range(under)).only(what.empty_layers))
+                if under == len(part):
+                    return
+                if len(blanks) > 1:
+                    blanks[:] = [Pass.join(blanks)]
+                rest = [(shared[image, s], i) for image, s, i in part[under:] if i is not None]
+                take(
+                    [i for _, i in rest],
+                    step[under:],
+                    (made.rows(range(under, len(part))) if under else made).only(what.layers),
+                    blanks[0].rows([place for place, _ in rest]) if blanks else None,
+                )
+                bar.update(len(rest))
 
             while done < len(items):
                 self._fit_memory(run)
-
-    def _empty_passes(
-        self,
-        latents: Latents,
-        rows: Sequence[tuple[int, int]],
-        timesteps: Tensor,
-        what: Score | Measured,
-        noise: Tensor,
-    ) -> Pass | None:
-        """Passes under the empty caption: ``rows`` are numbers of images and of timesteps."""
-        if not what.needs_empty:
-            return None
-        (blank,) = self.backbone.encode_texts([""])
-        made: list[Pass] = []
-        done = 0
-
-        def run(count: int) -> None:
-            nonlocal done
-            part = torch.tensor(rows[done : done + count], device=latents.device)
-            image, step = part.unbind(1)
-            made.append(
-                noised_pass(
-                    self.backbone,
-                    latents[image],
-                    noise[step],
-                    timesteps[step],
-                    blank,
-                    what.empty_layers,
-                    what.direction,
-                    captions=torch.zeros_like(image),
-                    over=what.over,
-                    predict=what.sees_noise,
-                )
-            )
-            done += len(part)
-
-        while done < len(rows):
-            self._fit_memory(run)
-        return Pass.join(made)
 
     def _fit_memory(self, run: Callable[[int], None]) -> None:
         """Runs one batch, with half the rows for as long as memory runs out."""

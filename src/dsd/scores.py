@@ -53,6 +53,10 @@ class Pass:
         }
         return Pass(self.noise[rows], None if self.predicted is None else self.predicted[rows], records)
 
+    def only(self, layers: Sequence[str]) -> Pass:
+        """The passes with the records of some layers."""
+        return Pass(self.noise, self.predicted, {n: self.records[n] for n in layers if n in self.records})
+
     def nothing(self) -> Pass:
         """Passes of these rows that add nothing to any score: without error, without attention."""
         records = {
@@ -483,7 +487,7 @@ class Score:
                     continue
                 names = self._layers[kind]
                 for name in names:
-                    alone = [None if p is None else _only(p, [name]) for p in (caption, empty)]
+                    alone = [None if p is None else p.only([name]) for p in (caption, empty)]
                     assert alone[0] is not None
                     value = SCORES[part].function(alone[0], alone[1]) / len(names)
                     shares[name] = shares.get(name, 0) + weight * value
@@ -493,9 +497,4 @@ class Score:
         """The pass with only the layers that a term looks at."""
         if made is None or kind not in self._layers or not made.records:
             return made
-        return _only(made, self._layers[kind])
-
-
-def _only(made: Pass, layers: Sequence[str]) -> Pass:
-    """A pass with the records of some of its layers."""
-    return Pass(made.noise, made.predicted, {name: made.records[name] for name in layers if name in made.records})
+        return made.only(self._layers[kind])
