@@ -48,7 +48,9 @@ def page(out: Path, values: dict[str, Any]) -> str:
             f"Choices of the embedded world, level standard. All candidates at {p['timesteps']} timesteps (Diffusion",
             "Classifier) against races at a stated error. Passes under the empty caption count. `plain loop` is one",
             "pass of batch one after the other, with an encoding each. `most telling`: of the 16 timesteps that tell",
-            "most by labelled choices of another split, not of all 40.",
+            "most by labelled choices of another split, not of all 40. The two scores are not the same: Diffusion",
+            "Classifier's is the mean squared error of the noise, ours its norm, under other draws of noise; so a",
+            "difference that is there at every error is one of scores, not of racing.",
         ]
         for name, task in p["tasks"].items():
             whole = task["all candidates"]
