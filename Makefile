@@ -6,6 +6,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 # More options for pip, such as --index-url for another build of torch.
 PIP_ARGS ?=
+# What make bench runs: a file of benchmarks/.
+BENCH ?= speed
 # Test processes; they share the cores.
 JOBS ?= 2
 # More options for the command a target runs: make test ARGS="-k score"
@@ -48,8 +50,8 @@ format: setup ## Format the code and repair what can be repaired
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup ## Run the benchmarks
-	@set -e; for file in benchmarks/*.py; do test -e "$$file" || continue; echo "== $$file" >&2; $(BIN)/python "$$file" $(ARGS); done
+bench: setup ## Measure what a score costs; another benchmark by BENCH=explain, cpu, memory or weights
+	@$(BIN)/python benchmarks/$(BENCH).py --out docs/results/$(BENCH) $(ARGS)
 
 pretrain: setup ## Train the embedded model anew, into runs/tiny; resumes where it stopped
 	@$(BIN)/python -m dsd.tiny.pretrain --out runs/tiny $(ARGS)

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,16 +32,11 @@ from dsd.matcher import Matcher
 from dsd.prompts import PromptConfig
 from dsd.report import table
 from dsd.scores import ScoreConfig
+from machine import cpu_name, peak
 
 MODEL = "sd21-base"
 PHASES = ("score", "step", "adapter")
 CAPTIONS = ("a red circle above a blue square", "a blue square above a red circle")
-
-
-def peak() -> float:
-    """The most memory that the process has held, GB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def measure(
@@ -122,7 +116,7 @@ def main() -> None:
     if options.out is None:
         parser.error("expected --out")
     path = options.out.with_suffix(".json")
-    values: dict[str, Any] = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "cpu": _cpu()}
+    values: dict[str, Any] = {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "cpu": cpu_name()}
     values["versions"] = {"torch": torch.__version__, "python": platform.python_version()}
     if path.exists() and set(options.phases) != set(PHASES):  # some anew, the others as they were
         values |= json.loads(path.read_text("utf-8"))
@@ -139,14 +133,6 @@ def main() -> None:
         dtype = getattr(torch, options.dtype)
         measure(Path(folder), dtype, options.phases, options.adapter, options.timestep, keep)
     write_text(options.out.with_suffix(".md"), page(options.out, values))
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

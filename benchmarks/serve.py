@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -27,6 +25,7 @@ from dsd.client import Client
 from dsd.evaluate import installed_versions, write_text
 from dsd.matcher import Matcher
 from dsd.tasks import world_task
+from machine import cpu_name
 
 TOLERANCE = 1e-5
 
@@ -59,7 +58,7 @@ def main() -> None:
             process.terminate()
     result = {
         "command": f"python benchmarks/serve.py --seconds {a.seconds:g} --clients {a.clients} --score {a.score}",
-        "processor": processor(),
+        "processor": cpu_name(),
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "threads": os.environ.get("OMP_NUM_THREADS"),
@@ -129,16 +128,6 @@ def _batches(url: str) -> tuple[float, float, float]:
     text = httpx2.get(f"{url}v1/metrics").text
     found = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
     return found["dsd_batch_requests_sum"], found["dsd_batch_requests_count"], found["dsd_batch_seconds_sum"]
-
-
-def processor() -> str:
-    """Its name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -54,6 +52,7 @@ from dsd.race import Budget, Price, Race
 from dsd.scorer import Scorer, common_noise
 from dsd.scores import Pass, ScoreConfig, denoising, even_timesteps, noised_pass
 from dsd.tasks import world_task
+from machine import cpu_name, peak
 from speed_page import draw, page
 
 CAPTIONS = tuple(
@@ -220,12 +219,11 @@ def exact(quick: bool) -> dict[str, Any]:
     z = Scorer(backbone, config).latents(images[:1]).expand(rows, -1, -1, -1)
     noise, t = torch.randn_like(z), torch.full((rows,), 389)
     states = backbone.encode_texts(list(texts[:1]))[0]
-    same = torch.zeros(rows, dtype=torch.long)
 
     def run(layers: Sequence[str], **options: Any) -> Callable[[], Pass]:
         def one() -> Pass:
             with torch.no_grad():
-                return noised_pass(backbone, z, noise, t, states, layers, captions=same, **options)
+                return noised_pass(backbone, z, noise, t, states, layers, captions=[0] * rows, **options)
 
         return one
 
@@ -531,23 +529,6 @@ PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
 }
 
 
-# Writing
-
-
-def peak() -> float:
-    """The most memory that the process has held, GB."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="path of the results, without suffix")
@@ -563,7 +544,7 @@ def main() -> None:
     values: dict[str, Any] = {"parts": {}, "peak, GB": {}}
     if path.exists():
         values |= json.loads(path.read_text("utf-8"))
-    values["machine"] = {"cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    values["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     values["versions"] = installed_versions()
     for name in options.parts or [name for name in PARTS if name not in values["parts"]]:
         print(f"== {name}", file=sys.stderr, flush=True)

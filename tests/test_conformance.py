@@ -691,7 +691,7 @@ def test_a_caption_is_projected_once_for_all_rows_under_it(kind: str, backbone: 
     noised, t, text = inputs(backbone, kind, 3)
     noise, before = torch.randn_like(noised), hooks(backbone.denoiser)
     layers = () if kind == "dit" else select_layers(backbone.denoiser)
-    captions = torch.tensor([2, 0, 2])
+    captions = [2, 0, 2]
     seen: list[int] = []
 
     def count(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Any) -> None:
@@ -701,7 +701,7 @@ def test_a_caption_is_projected_once_for_all_rows_under_it(kind: str, backbone: 
     handles = [m.register_forward_hook(count) for layer in crossed for m in (layer.to_k, layer.to_v)]
     once = noised_pass(backbone, noised, noise, t, text, layers, captions=captions)
     assert seen == [2] * len(handles)
-    each = noised_pass(backbone, noised, noise, t, text.select(captions.tolist()), layers)
+    each = noised_pass(backbone, noised, noise, t, text.select(captions), layers)
     for handle in handles:
         handle.remove()
     assert torch.allclose(once.predicted, each.predicted, atol=1e-5)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save
 
 import models
 from dsd.backbone import Backbone, load_backbone
@@ -86,6 +87,29 @@ def test_another_model_takes_nothing(tmp_path: Path, pipe: Pipe, monkeypatch: py
     Matcher(same, encodings=folder).score(picture(0), "a dog")
     assert ran == ["encode_texts"]
     assert len(files(tmp_path)) == kept + 2
+
+
+def test_files_that_others_put_there_are_not_taken(tmp_path: Path, pipe: Pipe) -> None:
+    expected = Matcher(load_backbone(pipe())).score(picture(0), "a dog").scores
+    matcher = Matcher(load_backbone(pipe()), encodings=tmp_path)
+    matcher.score(picture(0), "a dog")
+    for beside in ({}, {"words": "{"}, {"words": "[1]"}):
+        for file in files(tmp_path):
+            file.write_bytes(save({"states": torch.zeros(1)}, beside))
+        found = Matcher(load_backbone(pipe()), encodings=tmp_path).score(picture(0), "a dog").scores
+        assert np.allclose(found, expected, atol=1e-6)
+
+
+def test_more_pictures_than_memory_keeps_are_told_apart(
+    tmp_path: Path, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(pipe())
+    pictures = [picture(i) for i in range(6)]
+    expected = Scorer(backbone, ScoreConfig("denoising")).latents(pictures)
+    scorer = Scorer(backbone, ScoreConfig("denoising"), encodings=Encodings(Folder(tmp_path), backbone))
+    monkeypatch.setattr(scorer._latents, "_size", 3)
+    for order in (range(6), [5, 0, 1, 2, 3, 4, 5]):
+        assert torch.allclose(scorer.latents([pictures[i] for i in order]), expected[list(order)], atol=1e-6)
 
 
 def test_precision_is_another_encoding(tmp_path: Path, pipe: Pipe) -> None:

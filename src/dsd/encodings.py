@@ -149,7 +149,8 @@ class Encodings:
     def latent(self, picture: str) -> Latents | None:
         """(c, h, w) of the picture with that content hash."""
         found = self._folder.get(self._key("latent", self._images, picture))
-        return None if found is None else found[0]["latent"].to(self._backbone.device)
+        latent = None if found is None else found[0].get("latent")
+        return None if latent is None else latent.to(self._backbone.device)
 
     def keep_latent(self, picture: str, latent: Latents) -> None:
         self._folder.put(self._key("latent", self._images, picture), {"latent": latent})
@@ -160,12 +161,15 @@ class Encodings:
         if found is None:
             return None
         tensors, beside = found
-        words = tuple(
-            CaptionWords(tuple(w["spelling"]), tuple(tuple(t) for t in w["tokens"]))
-            for w in json.loads(beside["words"])
-        )
         at = {name: tensor.to(self._backbone.device) for name, tensor in tensors.items()}
-        return TextStates(at["states"], at["own"], words, at.get("pooled"), at.get("mask"))
+        try:
+            words = tuple(
+                CaptionWords(tuple(word["spelling"]), tuple(tuple(places) for places in word["tokens"]))
+                for word in json.loads(beside["words"])
+            )
+            return TextStates(at["states"], at["own"], words, at.get("pooled"), at.get("mask"))
+        except (KeyError, TypeError, ValueError):  # another's file
+            return None
 
     def keep_text(self, text: str, states: TextStates) -> None:
         if self._texts is None:

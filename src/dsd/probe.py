@@ -21,7 +21,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -198,7 +198,7 @@ def check_direction(denoiser: nn.Module, layers: Sequence[str], direction: Direc
 
 
 @contextmanager
-def text_once(denoiser: nn.Module, captions: Int[Tensor, " n"]) -> Iterator[None]:
+def text_once(denoiser: nn.Module, captions: Sequence[int]) -> Iterator[None]:
     """Makes cross-attention project each caption of a batch once, in passes without gradients inside this context.
 
     Rows under the same caption have the same keys and values, whatever their image and timestep. In joint attention
@@ -208,11 +208,12 @@ def text_once(denoiser: nn.Module, captions: Int[Tensor, " n"]) -> Iterator[None
         denoiser: The network.
         captions: Of each row of the batch, the number of its caption.
     """
-    distinct, place = torch.unique(captions, return_inverse=True)
-    if len(distinct) == len(captions):
+    rows = {caption: row for row, caption in reversed(list(enumerate(captions)))}  # of each the first
+    if len(rows) == len(captions):
         yield
         return
-    first = torch.stack([(place == k).nonzero()[0, 0] for k in range(len(distinct))])
+    number = {caption: k for k, caption in enumerate(rows)}
+    first, place = list(rows.values()), [number[caption] for caption in captions]
     handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def few(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -125,18 +125,22 @@ class Scorer:
     def latents(self, images: Sequence[ImageInput]) -> Latents:
         """Images => latents (n, c, h, w), each distinct picture encoded once."""
         keys: list[str] = []
+        found: dict[str, Latents] = {}
         fresh: dict[str, Any] = {}
         for image in images:
             picture = resize_crop(load_image(image), self.size)
             key = content_hash(picture)
             keys.append(key)
-            if self._latents.get(key) is None and key not in fresh:
-                kept = None if self.encodings is None else self.encodings.latent(key)
-                if kept is None:
-                    fresh[key] = picture
-                else:
-                    self._latents.put(key, kept)
-        found = {key: self._latents.get(key) for key in keys}
+            if key in found or key in fresh:
+                continue
+            kept = self._latents.get(key)
+            if kept is None and self.encodings is not None:
+                kept = self.encodings.latent(key)
+            if kept is None:
+                fresh[key] = picture
+            else:
+                found[key] = kept
+                self._latents.put(key, kept)
         done = 0
         names = list(fresh)
 
@@ -152,7 +156,7 @@ class Scorer:
 
         while done < len(names):
             self._fit_memory(encode)
-        return torch.stack([latent for key in keys if (latent := found[key]) is not None])
+        return torch.stack([found[key] for key in keys])
 
     def texts(self, texts: Sequence[str]) -> list[TextStates]:
         """Captions => token states, one value each."""
@@ -188,8 +192,7 @@ class Scorer:
             ImageError, TextError: If an image or caption cannot be scored.
             ModelError: If the model gives numbers that are not finite.
         """
-        for _, text in pairs:
-            check_text(text)
+        _check_texts(pairs)
         config = self.score.config
         weights = dict(self.score.terms)
         if self._bare is not None:
@@ -227,33 +230,38 @@ class Scorer:
             ImageError, TextError: If an image or caption cannot be scored.
             ModelError: If the model gives numbers that are not finite.
         """
-        for _, text in pairs:
-            check_text(text)
+        _check_texts(pairs)
         config = self.score.config
         own = len(config.timesteps)
         found = np.zeros(len(rows), np.float32)
         bar = tqdm(disable=True) if progress is None else progress
 
         def measure(score: Score, noise: Tensor, places: list[int], before: int, weight: float, empty: bool) -> None:
-            number = {rows[k]: k for k in places}
+            at = {i: n for n, i in enumerate(dict.fromkeys(rows[k][0] for k in places))}
+            number = {(at[rows[k][0]], rows[k][1] - before): k for k in places}
             scale = weight * config.passes / len(score.config.timesteps)
 
             def take(index: list[int], step: Tensor, made: Pass, other: Pass | None) -> None:
                 values = scale * score(made, made.nothing() if other is None else other, step)
                 for i, s, value in zip(index, step.tolist(), values.tolist(), strict=True):
-                    found[number[i, s + before]] = value
+                    found[number[i, s]] = value
 
-            steps = [(i, s - before) for i, s in number]
-            self._passes(pairs, score, score.config.timesteps, noise, take, bar, steps, empty=empty)
+            some = [pairs[i] for i in at]
+            self._passes(some, score, score.config.timesteps, noise, take, bar, list(number), empty=empty)
 
+        of: dict[int, list[int]] = {}
+        for k, (i, _) in enumerate(rows):
+            of.setdefault(i, []).append(k)
         for empty in (True, False):
-            here = [k for k, (i, _) in enumerate(rows) if (relative is None or not relative[i]) == empty]
-            mine, rest = [k for k in here if rows[k][1] < own], [k for k in here if rows[k][1] >= own]
-            if mine:
-                measure(self.score, self.noise, mine, 0, 1.0, empty)
-            if rest and self._bare is not None and self._bare_noise is not None:
-                with prompts.disabled(self.backbone.denoiser):
-                    measure(self._bare, self._bare_noise, rest, own, config.bare_weight, empty)
+            asked = [i for i in of if (relative is None or not relative[i]) == empty]
+            for chunk in batched(asked, self.CHUNK):
+                here = [k for i in chunk for k in of[i]]
+                mine, rest = [k for k in here if rows[k][1] < own], [k for k in here if rows[k][1] >= own]
+                if mine:
+                    measure(self.score, self.noise, mine, 0, 1.0, empty)
+                if rest and self._bare is not None and self._bare_noise is not None:
+                    with prompts.disabled(self.backbone.denoiser):
+                        measure(self._bare, self._bare_noise, rest, own, config.bare_weight, empty)
         finite = np.ones(len(pairs), bool)
         for (i, _), good in zip(rows, np.isfinite(found), strict=True):
             finite[i] &= good
@@ -283,8 +291,7 @@ class Scorer:
             ImageError, TextError: If an image or caption cannot be scored.
             ModelError: If the model gives numbers that are not finite.
         """
-        for _, text in pairs:
-            check_text(text)
+        _check_texts(pairs)
         config = self.score.config
         steps = len(config.timesteps)
         found = np.zeros((draws, len(pairs), steps, len(features.names)), np.float32)
@@ -352,8 +359,7 @@ class Scorer:
 
         def run(at: slice) -> None:
             e, t = noise[at], steps[at]
-            same = torch.zeros(len(t), dtype=torch.long, device=e.device)
-            found = noised_pass(self.backbone, latent[None].expand_as(e), e, t, states, captions=same)
+            found = noised_pass(self.backbone, latent[None].expand_as(e), e, t, states, captions=[0] * len(t))
             assert found.predicted is not None
             made.append(found.noise - found.predicted)
 
@@ -462,7 +468,7 @@ class Scorer:
                     TextStates.join([nothing if i is None else texts[i] for i in first.values()]),
                     layers,
                     what.direction,
-                    captions=torch.tensor([number[text] for text in said], device=latents.device),
+                    captions=[number[text] for text in said],
                     over=what.over,
                     predict=what.sees_noise,
                 )
@@ -502,6 +508,11 @@ class Scorer:
             self.batch_size //= 2
             with suppress(Exception):  # nothing to free on some devices
                 torch.cuda.empty_cache()
+
+
+def _check_texts(pairs: Sequence[Pair]) -> None:
+    for _, text in pairs:
+        check_text(text)
 
 
 def check_text(text: str) -> None:

@@ -91,7 +91,7 @@ def noised_pass(
     layers: Sequence[str] = (),
     direction: Direction = "image",
     *,
-    captions: Int[Tensor, " n"] | None = None,
+    captions: Sequence[int] | None = None,
     over: Over = "all",
     predict: bool = True,
 ) -> Pass:
@@ -111,7 +111,7 @@ def noised_pass(
     noised = backbone.add_noise(latents, noise, timesteps)
     with ExitStack() as stack:
         if captions is not None:
-            text = text.select(captions.tolist())
+            text = text.select(captions)
             stack.enter_context(text_once(backbone.denoiser, captions))
         text = join_tokens(backbone.denoiser, text)
         if not layers:
