@@ -67,7 +67,7 @@ class Folder:
             with safe_open(str(file), framework="pt") as opened:
                 found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
                 beside = dict(opened.metadata() or {})
-        except FileNotFoundError:
+        except (FileNotFoundError, RuntimeError):  # torch, which opens it again, finds it deleted meanwhile
             return None
         except (SafetensorError, OSError):
             with suppress(OSError):
