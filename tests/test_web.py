@@ -38,6 +38,7 @@ from dsd.contracts import (
 )
 from dsd.evaluate import evaluate
 from dsd.matcher import Matcher
+from dsd.race import Budget
 from dsd.scores import ScoreConfig
 from dsd.web import ServeConfig, Shelf, create_app
 from dsd.web.server import listen
@@ -135,6 +136,24 @@ def test_the_client_is_a_matcher_and_answers_as_the_local_one(remote: Client, lo
     assert remote.rank(images[0], CAPTIONS) == remote.rank(images[0], CAPTIONS)
     assert [r.index for r in remote.rank(images[0], CAPTIONS)] == [r.index for r in local.rank(images[0], CAPTIONS)]
     assert [r.index for r in remote.rank(CAPTIONS[0], images)] == [r.index for r in local.rank(CAPTIONS[0], images)]
+
+
+@pytest.mark.parametrize("budget", [40, "20s", Budget(passes=40)])
+def test_a_budget_holds_on_the_server_as_it_does_here(remote: Client, local: Matcher, budget: Any) -> None:
+    captions = [f"{caption} {i}" for i in range(2) for caption in CAPTIONS]
+    images = [picture(i) for i in range(5)]
+    for query, candidates in ((picture(0), captions), (captions[0], images)):
+        theirs = remote.rank(query, candidates, budget=budget)
+        ours = local.rank(query, candidates, budget=budget)
+        assert [(r.index, r.candidate, r.passes) for r in theirs] == [(r.index, r.candidate, r.passes) for r in ours]
+        np.testing.assert_allclose([r.score for r in theirs], [r.score for r in ours], atol=1e-4)
+        np.testing.assert_allclose([r.interval for r in theirs], [r.interval for r in ours], atol=1e-4)  # type: ignore[arg-type, misc]
+    with pytest.raises(OptionError, match="budget"):
+        remote.rank(picture(0), captions, budget=1)
+    with pytest.raises(OptionError, match="knows no other"):
+        remote.rank(picture(0), captions, budget=Budget(passes=40, error=0.2))
+    with pytest.raises(OptionError, match="expected at most"):
+        remote.rank(picture(0), captions, budget="3000s")
 
 
 def test_an_evaluation_moves_to_a_server_by_one_line(remote: Client, local: Matcher) -> None:
@@ -278,6 +297,8 @@ def test_other_refusals(http: TestClient) -> None:
     assert "indices" in refused(422, url="/v1/predict", json={**pair, "pairs": [[0, 1]]})
     both = {"images": [IMAGE] * 2, "texts": ["a", "b"]}
     assert "one of either" in refused(422, url="/v1/rank", json=both)
+    for budget in (0, -1, "fast", "-1s", "nans", 10**30, 2.5, True, "9" * 10_000):
+        assert "budget" in refused(422, url="/v1/rank", json={**pair, "budget": budget})
     refused(422, url="/v1/compare", json=pair)
     # another site's page, and a name that leads here by another's doing
     refused(403, json=pair, headers={"origin": "http://evil.example"})

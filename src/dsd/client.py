@@ -37,6 +37,7 @@ from dsd.contracts import (
 )
 from dsd.explanation import Change, Explanation, ImageDifference, Phrase, TextDifference
 from dsd.images import content_hash, decode_image, load_image, resize_crop
+from dsd.race import Budget
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -189,11 +190,42 @@ class Client:
         names = tuple(image_name(image, i) for i, image in enumerate(pictures))
         return ScoreTable(flat.reshape(len(pictures), len(captions)), names, tuple(captions), self.config)
 
-    def rank(self, query: ImageInput, candidates: Sequence[Any], *, progress: bool = False) -> list[Ranked]:
-        """Candidates for an image (captions) or for a caption (images), best first; see :meth:`dsd.Matcher.rank`."""
+    def rank(
+        self,
+        query: ImageInput,
+        candidates: Sequence[Any],
+        *,
+        budget: Budget | int | str | None = None,
+        progress: bool = False,
+    ) -> list[Ranked]:
+        """Candidates for an image (captions) or for a caption (images), best first; see :meth:`dsd.Matcher.rank`.
+
+        Args:
+            budget: Passes, or seconds such as ``10s``. All candidates then go in one request, which must be within the
+                server's limits.
+        """
         pairs, names = choice_of(query, candidates)
+        if budget is not None:
+            return self._race(pairs, names, Budget.of(budget))
         scores = self.predict(pairs, progress=progress)
         return [Ranked(int(i), names[i], float(scores[i])) for i in np.argsort(-scores, kind="stable")]
+
+    def _race(self, pairs: Sequence[Pair], names: Sequence[str], budget: Budget) -> list[Ranked]:
+        """Candidates of one choice, ranked by the server within a budget."""
+        if (budget.passes is None) == (budget.seconds is None) or budget != Budget(budget.passes, budget.seconds):
+            raise OptionError(
+                f"got the budget {budget.to_dict()}, expected passes or seconds alone; the server knows no other"
+            )
+        texts = list(dict.fromkeys(text for _, text in pairs))
+        _check_texts(texts)
+        sent = self._send([image for image, _ in pairs])
+        if len(texts) > 1:  # captions of one image: of each its own, even if two are the same
+            images, texts = [sent.files[sent.keys[0]]], [text for _, text in pairs]
+        else:
+            images = [sent.files[key] for key in sent.keys]
+        asked = budget.passes if budget.seconds is None else f"{budget.seconds!r}s"
+        found = self._post("rank", images=images, texts=texts, budget=asked)["ranking"]
+        return [Ranked(r["index"], names[r["index"]], r["score"], tuple(r["interval"]), r["passes"]) for r in found]
 
     def probability(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> np.ndarray:
         """How probable each caption is among those given, for each image: (n_images, n_texts), rows sum to one.

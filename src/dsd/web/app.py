@@ -21,8 +21,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from dsd import __version__
-from dsd.contracts import DsdError, MatcherProtocol, OptionError
+from dsd.contracts import DsdError, MatcherProtocol, OptionError, Ranked
 from dsd.images import content_hash
+from dsd.race import Budget
 from dsd.web import wire
 from dsd.web.config import ServeConfig
 from dsd.web.guard import Guard, Meters
@@ -143,6 +144,39 @@ class Service:
     async def scores(self, name: str, pairs: Sequence[tuple[Image.Image, str]]) -> np.ndarray:
         return await self.done(self.worker.score(name, pairs))
 
+    async def race(
+        self, name: str, images: Sequence[Image.Image], texts: Sequence[str], asked: int | str
+    ) -> list[wire.Candidate]:
+        """Texts for one image, or images for one text, best first, within a budget."""
+        budget = Budget.of(asked)
+        if not hasattr(self.peek(name), "race"):
+            raise HttpError(422, "option", f"got a budget for {name}, which knows none, expected a request without one")
+        if budget.seconds is not None and budget.seconds > self.config.timeout:
+            raise HttpError(
+                422, "option", f"got a budget of {budget.seconds:g} s, expected at most {self.config.timeout:g}"
+            )
+        one = len(images) == 1
+        candidates: Sequence[Any] = texts if one else images
+
+        def call(matcher: Any) -> list[Ranked]:
+            with self._shelf.threads(name, len(candidates)):
+                found: list[Ranked] = matcher.rank(images[0] if one else texts[0], candidates, budget=budget)
+                return found
+
+        names = texts if one else [f"image {i}" for i in range(len(images))]
+        return [
+            wire.Candidate(
+                rank=k + 1,
+                index=found.index,
+                candidate=names[found.index],
+                score=found.score,
+                probability=None,
+                interval=found.interval,
+                passes=found.passes,
+            )
+            for k, found in enumerate(await self.done(self.worker.run(name, call, size=len(candidates))))
+        ]
+
 
 def scale_of(matcher: Any) -> float | None:
     """What turns scores into log-odds; None if the matcher is not calibrated."""
@@ -256,6 +290,8 @@ def _add_api(app: FastAPI, service: Service) -> None:
     @post("rank", wire.RankRequest, wire.Ranking, "Rank texts for one image, or images for one text")
     async def rank(request: Request) -> wire.Ranking:
         asked, name, images = await service.asked(request, wire.RankRequest)
+        if asked.budget is not None:
+            return wire.Ranking(model=name, ranking=await service.race(name, images, asked.texts, asked.budget))
         flat = await service.scores(name, [(image, text) for image in images for text in asked.texts])
         scale = scale_of(service.peek(name))
         # probabilities are of texts given an image

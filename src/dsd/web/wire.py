@@ -140,6 +140,12 @@ class RankRequest(Body):
     images: list[ImageText] = Field(min_length=1, description="One, or with one text several.")
     texts: list[Caption] = Field(min_length=1, description="One, or with one image several.")
     model: Model
+    budget: Annotated[StrictInt, Field(ge=1, lt=2**31)] | Annotated[StrictStr, Field(max_length=20)] | None = Field(
+        default=None,
+        examples=[2400],
+        description="What it may cost: passes of the denoiser (2400), or seconds (10s). They go to candidates that can "
+        "still come first. Default: all passes for all candidates.",
+    )
 
 
 class ExplainRequest(Body):
@@ -210,8 +216,12 @@ class Candidate(BaseModel):
     rank: int
     index: int
     candidate: str
-    score: float
+    score: float = Field(description="Higher is a better match; with a budget and one image, up to a number.")
     probability: float | None
+    interval: tuple[float, float] | None = Field(
+        default=None, description="With a budget: 95 % interval of what the whole score would be."
+    )
+    passes: int | None = Field(default=None, description="With a budget: passes that were spent on it.")
 
 
 class Ranking(BaseModel):

@@ -117,9 +117,13 @@ class Worker:
         """
         return self._put(_Job(name, len(pairs), pairs=pairs))
 
-    def run(self, name: str, call: Callable[[Any], T]) -> Future[T]:
-        """Calls a function with the matcher of a name, while nothing else uses its model."""
-        return self._put(_Job(name, 1, call=call))
+    def run(self, name: str, call: Callable[[Any], T], size: int = 1) -> Future[T]:
+        """Calls a function with the matcher of a name, while nothing else uses its model.
+
+        Args:
+            size: Pairs that it counts as in the queue.
+        """
+        return self._put(_Job(name, size, call=call))
 
     def change(self, call: Callable[[Shelf], T]) -> Future[T]:
         """Calls a function with the shelf, while nothing is scored."""
