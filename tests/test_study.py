@@ -23,7 +23,7 @@ from dsd.metrics import paired_difference
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
 from dsd.study import Cell, Failures, Place, Study, StudyConfig, gather, outcomes_of, run
-from dsd.study_report import Findings, command, summary, write_report
+from dsd.study_report import START, Findings, command, summary, write_report
 from dsd.sweep import groups_of, sweep
 from dsd.tasks import world_task
 from models import picture
@@ -259,6 +259,7 @@ def _study() -> Study:
             cell("DiffusionITM, 50 passes", 0.7, passes=50),
             cell("denoising, 50 passes", 0.99, passes=50),
             cell("denoising, 5 passes", 0.6, passes=5),
+            cell(START, 0.6, passes=5),
         )
         curve = {str(n): tuple(map(float, rng.random(40) < 0.6)) for n in (1, 5, 50)}
         places.append(Place(task, "standard", tags, 0.5, zero, {"denoising by number of timesteps": curve}))
@@ -316,7 +317,16 @@ def test_words_never_seen_have_a_table() -> None:
     assert rows["dsd prompt"]["fill"]["value"] == pytest.approx(taught[:, ::2].mean())
     assert rows["dsd prompt"]["relation"]["value"] == pytest.approx(taught[:, 1::2].mean())
     assert rows["DiffusionITM, 50 passes"]["shots"] == 0
-    assert len(rows) == 4 + 3
+    assert len(rows) == 5 + 3
+
+
+def test_what_learning_adds_is_measured_against_the_same_passes_under_the_same_noise() -> None:
+    made = _study()
+    (row,) = summary(made)["tables"]["What learning adds to five passes, standard"]
+    before = np.array([c.outcomes for p in made.places for c in p.zero if (p.task, c.method) == ("comvg", START)])
+    after = np.array([c.outcomes for c in made.cells if (c.method, c.task, c.shots) == ("dsd prompt", "comvg", 64)])
+    assert row["method"] == "dsd prompt"
+    assert float(row["comvg"].split()[0]) == pytest.approx(100 * (after.mean() - before.mean()), abs=0.051)
 
 
 def test_what_is_written(tmp_path: Path) -> None:

@@ -91,13 +91,13 @@ class FitConfig:
     objective: Objective = "softmax"
     margin: float = 0.1
     temperature: float = 1.0
-    steps: int = 200
+    steps: int = 400
     batch: int = 16
     learning_rate: float = 5e-3
     weight_decay: float = 0.1
     folds: int = 3
     validation: float | None = None
-    check_every: int = 25
+    check_every: int = 50
     patience: int = 8
     negatives: int = 1
     image_negatives: int = 1

@@ -38,7 +38,7 @@ class PromptConfig:
         projections: Which of a layer's projections are prompted; in joint attention, those for image and text alike.
             One that was fused is prompted as a whole.
         attention: ``cross`` for layers in which the image attends to the text, joint ones among them, ``self`` for the
-            others, or ``all``.
+            others, or ``all``, as in the paper: what goes with what is worked out where the image attends to itself.
         layers: Patterns of cross-attention layers, as in :class:`dsd.scores.ScoreConfig`; for ``cross`` alone.
         tokens: How many soft tokens join every caption; they count among its own.
         ranks: Names of modules of the denoiser and the rank of each, for prompts that others placed; the fields above,
@@ -48,7 +48,7 @@ class PromptConfig:
     rank: int = 4
     scale: float = 1.0
     projections: tuple[Projection, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    attention: Literal["cross", "self", "all"] = "cross"
+    attention: Literal["cross", "self", "all"] = "all"
     layers: tuple[str, ...] | None = None
     tokens: int = 0
     ranks: Mapping[str, int] | None = None

@@ -67,8 +67,7 @@ def learning_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attention",
         choices=("cross", "self", "all"),
-        default="cross",
-        help="attention layers that are prompted (default: %(default)s)",
+        help="attention layers that are prompted (default: all, or with --prompt-layers cross)",
     )
     group.add_argument("--prompt-layers", metavar="L,L,...", help="of the cross-attention layers, such as mid_block")
     group.add_argument("--tokens", type=int, default=0, metavar="N", help="soft tokens, where these are learned")
@@ -264,4 +263,5 @@ def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
         where["projections"] = tuple(names[p] for p in a.projections.split(","))
     if a.prompt_layers is not None:
         where["layers"] = tuple(a.prompt_layers.split(","))
-    return config, PromptConfig(rank=a.rank, scale=a.prompt_scale, attention=a.attention, tokens=a.tokens, **where)
+    attention = a.attention or ("all" if a.prompt_layers is None else "cross")
+    return config, PromptConfig(rank=a.rank, scale=a.prompt_scale, attention=attention, tokens=a.tokens, **where)
