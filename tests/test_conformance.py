@@ -790,6 +790,42 @@ def test_gradients_reach_every_prompt_also_under_checkpointing(kind: str, backbo
         assert (gradient - other).abs().max() < 1e-5 * max(1, gradient.abs().max()), name
 
 
+@textual
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_that_ends_early_has_the_gradients_of_a_whole_one(
+    kind: str, backbone: Backbone, checkpointing: bool
+) -> None:
+    denoiser = backbone.denoiser
+    prompts.attach(denoiser, prompt_config(kind, tokens=2))
+    randomise(denoiser)
+    latents, t, text = inputs(backbone, kind)
+    noise, weights = torch.ones_like(latents), torch.tensor([1.0, -2.0])
+    learned = prompts.parameters(denoiser)
+    known = select_layers(denoiser)
+    ran: list[nn.Module] = []
+    last = denoiser.register_forward_hook(lambda module, *_: ran.append(module))
+    if checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    try:
+        for layers in (known, known[:2]):
+            score = Score(backbone, ScoreConfig("attention", layers=layers))
+            found = []
+            for predict in (True, False):
+                ran.clear()
+                made = noised_pass(backbone, latents, noise, t, text, score.layers, over="own", predict=predict)
+                # what a checkpoint is to compute again must have been computed to its end
+                assert len(ran) == (predict or checkpointing)
+                value = (weights * score(made, None)).sum()
+                found.append(torch.autograd.grad(value, list(learned.values()), allow_unused=True))
+            assert any(gradient is not None for gradient in found[0])
+            for name, whole, short in zip(learned, *found, strict=True):
+                assert (whole is None) == (short is None), name
+                assert whole is None or torch.allclose(whole, short, atol=1e-6), name
+    finally:
+        last.remove()
+        denoiser.disable_gradient_checkpointing()
+
+
 @every
 def test_prompts_round_trip(kind: str, backbone: Backbone, tmp_path: Path) -> None:
     bare = scorer(backbone, kind).predict(pairs(kind))

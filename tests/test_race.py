@@ -11,7 +11,7 @@ from dsd.backbone import load_backbone
 from dsd.baselines import baseline
 from dsd.contracts import ImageError, OptionError, choice_of
 from dsd.matcher import Matcher
-from dsd.race import Budget, Price, Race, Standing, middle_first, telling_first
+from dsd.race import Budget, Price, Race, Standing, fewest_layers, middle_first, telling_first
 from dsd.scorer import Scorer
 from dsd.scores import SCORES, ScoreConfig
 from dsd.tasks import world_task
@@ -301,6 +301,39 @@ def test_an_order_learned_without_labels(matcher: Matcher) -> None:
     image, texts = EXAMPLES[0].images[0], [e.texts[0] for e in EXAMPLES]
     assert len(matcher.rank(image, texts, budget=Budget(order=order))) == len(texts)
     assert sorted(matcher.telling_first(choices, [0] * len(choices))) == list(range(6))
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_fewest_layers_that_choose_as_well_as_all(labels: bool) -> None:
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(200, 3, 6))
+    noise[:, 0, :2] -= 2  # the first two layers are wrong, the third knows, the others add next to nothing
+    noise[:, 0, 2] += 40
+    right = [0] * 200 if labels else None
+    assert fewest_layers(list(noise), right) == 3
+    assert fewest_layers(list(noise), right, lost=0.999) == 1
+    # what is added decides alone
+    assert fewest_layers(list(noise), right, rest=[np.array([1e3, 0, 0])] * 200) == 1
+    for bad in ([], [noise[0, :1]], [noise[0], noise[0, :, :2]]):
+        with pytest.raises(OptionError, match="two or more"):
+            fewest_layers(bad, None)
+    with pytest.raises(OptionError, match="share"):
+        fewest_layers(list(noise), lost=1.0)
+
+
+def test_layers_learned_without_labels() -> None:
+    matcher = Matcher(load_backbone("tiny", device="cpu"), ScoreConfig("attention", (200, 400)))
+    choices = [e.pairs for e in EXAMPLES]
+    pairs = [pair for choice in choices for pair in choice]
+    layers = matcher.config["layers"]
+    np.testing.assert_allclose(matcher._scorer.by_layer(pairs).mean(1), matcher.predict(pairs), atol=1e-5)
+    assert list(matcher.telling_layers(choices, lost=0.0)) == layers[: len(matcher.telling_layers(choices, lost=0.0))]
+    few = matcher.telling_layers(choices, lost=0.99)
+    assert list(few) == layers[:1]
+    quick = Matcher(matcher.backbone, ScoreConfig("attention", (200, 400), layers=few))
+    np.testing.assert_allclose(quick.predict(pairs), matcher._scorer.by_layer(pairs)[:, 0], atol=1e-5)
+    with pytest.raises(OptionError, match="expected attention"):
+        Matcher(matcher.backbone, ScoreConfig("denoising", (200,))).telling_layers(choices)
 
 
 def test_what_is_no_choice(matcher: Matcher) -> None:

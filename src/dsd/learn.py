@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsd import prompts
-from dsd.backbone import TextStates
+from dsd.backbone import Latents, TextStates
 from dsd.contracts import DsdError, Example, ModelError, OptionError
 from dsd.jury import Jury
 from dsd.lesson import Drawn, Negatives, choices_of
@@ -486,9 +486,7 @@ class Learner:
                 place = {key: k for k, key in enumerate(first)}
                 rows = list(first.values())
                 text = blank.select([0] * len(rows))
-                empty = noised_pass(
-                    backbone, latents[rows], noise[rows], timesteps[rows], text, score.empty_layers, score.direction
-                )
+                empty = self._pass(latents[rows], noise[rows], timesteps[rows], text, score.empty_layers)
                 empty = empty.rows([place[key] for key in shown])
             # a pass takes captions of one length only, so that nothing is padded for another's sake
             lengths: dict[int, list[int]] = {}
@@ -496,13 +494,28 @@ class Learner:
                 lengths.setdefault(state.states.shape[1], []).append(row)
             for rows in lengths.values():
                 text = TextStates.join([states[r] for r in rows])
-                made = noised_pass(
-                    backbone, latents[rows], noise[rows], timesteps[rows], text, score.layers, score.direction
-                )
+                made = self._pass(latents[rows], noise[rows], timesteps[rows], text, score.layers)
                 found.append(score(made, None if empty is None else empty.rows(rows), steps[rows]))
                 order += rows
         back = torch.tensor(order, device=backbone.device).argsort()
         return list(torch.cat(found)[back].split(sizes))
+
+    def _pass(
+        self, latents: Latents, noise: Latents, timesteps: Tensor, text: TextStates, layers: tuple[str, ...]
+    ) -> Pass:
+        """A pass as far as the score looks at it."""
+        score, backbone = self.scorer.score, self.scorer.backbone
+        return noised_pass(
+            backbone,
+            latents,
+            noise,
+            timesteps,
+            text,
+            layers,
+            score.direction,
+            over=score.over,
+            predict=score.sees_noise,
+        )
 
 
 # Runs

@@ -42,7 +42,7 @@ from dsd.explanation import ExplainConfig, Explanation, ImageDifference, TextDif
 from dsd.learn import FitConfig
 from dsd.probe import Direction
 from dsd.prompts import PromptConfig
-from dsd.race import Budget, Standing, run, telling_first
+from dsd.race import Budget, Standing, fewest_layers, run, telling_first
 from dsd.scorer import Scorer, image_key
 from dsd.scores import WEIGHTED, ScoreConfig
 
@@ -337,6 +337,41 @@ class Matcher:
             found = self._scorer.contributions(pairs, rows, progress=bar).reshape(len(pairs), len(every))
         ends = np.cumsum([len(choice) for choice in choices])[:-1]
         return telling_first(np.split(found, ends), right)
+
+    def telling_layers(
+        self,
+        choices: Sequence[Sequence[Pair]],
+        right: Sequence[int] | None = None,
+        *,
+        lost: float = 0.02,
+        progress: bool = False,
+    ) -> tuple[str, ...]:
+        """The fewest layers, from the first on, by which an attention score chooses nearly as well as by all.
+
+        A pass ends after the last layer that its score looks at, so that a score over these takes less time:
+
+            quick = dsd.Matcher.from_pretrained(adapter="lesson", layers=matcher.telling_layers(choices))
+
+        Args:
+            choices: As for :meth:`race`, each of two or more candidates; a few dozen.
+            right: Of each choice the right candidate. None: the one that all layers together put first, so that no
+                labels are needed.
+            lost: Share of the choices, at most, that fewer layers may win less than all.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ImageError, TextError: If an image or caption cannot be scored.
+            OptionError: If a choice has no two candidates, or the score is more than attention.
+        """
+        pairs = [pair for choice in choices for pair in choice]
+        ends = np.cumsum([len(choice) for choice in choices])[:-1]
+        found = self._scorer.by_layer(pairs, progress=progress)
+        rest = None
+        if self.score_config.bare is not None:
+            total, parts = self._scorer.predict_parts(pairs, progress=progress)
+            rest = np.split(total - parts[self.score_config.kind], ends)
+        # layers come in the order in which a pass runs them
+        return self._scorer.score.layers[: fewest_layers(np.split(found, ends), right, lost=lost, rest=rest)]
 
     def probability(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> np.ndarray:
         """How probable each caption is among those given, for each image: (n_images, n_texts), rows sum to one.

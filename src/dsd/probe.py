@@ -260,7 +260,8 @@ class Probe:
         maps: Keep attention maps too (positions x tokens a row and layer).
         over: ``own`` takes no log-sum-exp over all tokens, and makes no logits but those it needs.
         stop: End the pass, and this context, once every layer was heard, as what comes after does not change what was
-            recorded: a probe of the middle never runs the way up. A pass with gradients goes on to its end.
+            recorded: a probe of the middle never runs the way up. A pass under gradient checkpointing goes on to its
+            end.
         heads: Which of each layer's heads the maps are averaged over; None takes all.
 
     Raises:
@@ -298,6 +299,7 @@ class Probe:
         self._maps = maps
         self._over = over
         self._stop = stop
+        self._checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in denoiser.modules())
         few = min((layer.heads for layer in self._layers.values()), default=1)
         if heads is not None and not all(0 <= h < few for h in heads):
             raise OptionError(f"got heads {list(heads)}, expected some of 0 to {few - 1}, which every chosen layer has")
@@ -354,6 +356,9 @@ class Probe:
                 self._settle(name)
                 if self._stop and len(self._records) == len(self._layers):
                     raise _Stop
+            # what a checkpointed region is to compute again, it must have computed to its end
+            elif self._stop and len(self._heard) == len(self._layers) and not self._checkpointed:
+                raise _Stop
 
         self._handles.append(layer.register_forward_pre_hook(begin, with_kwargs=True))
         for what in self._wanted(layer):

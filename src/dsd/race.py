@@ -407,3 +407,46 @@ def telling_first(
         order.append(best)
         so_far += leads[:, best]
     return tuple(order)
+
+
+def fewest_layers(
+    shares: Sequence[Float[np.ndarray, "candidates layers"]],
+    right: Sequence[int] | None = None,
+    *,
+    lost: float = 0.02,
+    rest: Sequence[Float[np.ndarray, " candidates"]] | None = None,
+) -> int:
+    """How many layers, from the first that a pass runs, choose nearly as well as all of them; ties are shared.
+
+    Args:
+        shares: Of each choice, what each layer says of its candidates (two or more), in the order in which a pass runs
+            them. A score over some layers is the mean of theirs.
+        right: Of each choice the right candidate. None: the one that all layers together put first, so that no labels
+            are needed.
+        lost: Share of the choices, at most, that fewer layers may win less than all.
+        rest: Of each choice, what is added to the score whatever the layers.
+
+    Raises:
+        OptionError: If there are no choices, they differ in their layers, or ``lost`` is no share.
+    """
+    shapes = {np.shape(s)[1] if np.ndim(s) == 2 and len(s) > 1 else 0 for s in shares}
+    if len(shapes) != 1 or 0 in shapes:
+        raise OptionError(
+            f"got {len(shares)} choices with {sorted(shapes)} layers, expected one or more, each of two or more "
+            "candidates, with as many layers"
+        )
+    if not 0 <= lost < 1:
+        raise OptionError(f"got lost {lost}, expected a share from 0 to below 1")
+    (count,) = shapes
+    added = [np.zeros(len(s)) for s in shares] if rest is None else rest
+    # of each choice the scores of the candidates by every number of layers: (candidates, layers)
+    scores = [
+        np.cumsum(np.asarray(s, np.float64), 1) / np.arange(1, count + 1) + np.asarray(r, np.float64)[:, None]
+        for s, r in zip(shares, added, strict=True)
+    ]
+    firsts = [int(np.argmax(s[:, -1])) for s in scores] if right is None else list(right)
+    won = np.zeros(count)
+    for s, first in zip(scores, firsts, strict=True):
+        best = s == s.max(0)
+        won += best[first] / best.sum(0)
+    return int(np.argmax(won >= won[-1] - lost * len(scores))) + 1

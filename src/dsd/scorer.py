@@ -309,6 +309,35 @@ class Scorer:
         self._check_finite(pairs, np.asarray(np.isfinite(found).all((0, 2, 3))))
         return found
 
+    def by_layer(self, pairs: Sequence[Pair], *, progress: bool = False) -> Float[np.ndarray, "n layers"]:
+        """What each of :attr:`dsd.scores.Score.layers` says of a pair: an attention score is the mean over them.
+
+        Raises:
+            OptionError: If the score is more than attention.
+            ImageError, TextError: If an image or caption cannot be scored.
+            ModelError: If the model gives numbers that are not finite.
+        """
+        score = self.score
+        if score.config.kind not in ("attention", "attention-mass"):
+            raise OptionError(
+                f"got score {score.config.kind!r}, expected attention or attention-mass, which is by layer"
+            )
+        _check_texts(pairs)
+        found = np.zeros((len(pairs), len(score.layers)), np.float64)
+        times = score.config.timesteps
+        with tqdm(total=len(pairs) * len(times), desc="layers", unit="pass", disable=not progress) as bar:
+            for start in range(0, len(pairs), self.CHUNK):
+                rows = found[start : start + self.CHUNK]
+
+                def take(index: list[int], step: Tensor, made: Pass, empty: Pass | None, rows: Any = rows) -> None:
+                    parts = score.by_layer(made, empty, step)
+                    each = torch.stack([parts[name] for name in score.layers], 1) * len(score.layers)
+                    np.add.at(rows, index, each.double().cpu().numpy() / len(times))
+
+                self._passes(pairs[start : start + self.CHUNK], score, times, self.noise, take, bar)
+        self._check_finite(pairs, np.asarray(np.isfinite(found).all(1)))
+        return found
+
     # Understanding
 
     def shares(self, image: ImageInput, text: str) -> dict[str, dict[int, float]]:

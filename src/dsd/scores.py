@@ -106,7 +106,8 @@ def noised_pass(
         layers: To probe.
         direction, over: As for :class:`dsd.probe.Probe`.
         captions: (n,) of each row the number of its caption in ``text``.
-        predict: False lets a pass without gradients end once ``layers`` were heard: ``predicted`` is None then.
+        predict: False lets a pass end once ``layers`` were heard, unless it is under gradient checkpointing:
+            ``predicted`` is None then.
     """
     noised = backbone.add_noise(latents, noise, timesteps)
     with ExitStack() as stack:

@@ -263,5 +263,5 @@ def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
         where["projections"] = tuple(names[p] for p in a.projections.split(","))
     if a.prompt_layers is not None:
         where["layers"] = tuple(a.prompt_layers.split(","))
-    attention = a.attention or ("all" if a.prompt_layers is None else "cross")
-    return config, PromptConfig(rank=a.rank, scale=a.prompt_scale, attention=attention, tokens=a.tokens, **where)
+    where["attention"] = a.attention or ("all" if a.prompt_layers is None else "cross")
+    return config, PromptConfig(rank=a.rank, scale=a.prompt_scale, tokens=a.tokens, **where)
