@@ -9,6 +9,7 @@ Parts that are there already are kept; ``--parts`` makes some anew. Writes JSON,
     overhead  a pass that is scored against the bare denoiser
     scaling   in images, texts and timesteps, with the model of cost fitted to it
     learning  steps of few-shot learning
+    layers    attention that was taught on few layers, whose passes end early, against all layers (embedded model)
     start     of the command line, the library and the embedded model
 """
 
@@ -39,6 +40,7 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from configurations import clip, clip_tokenizer, diffusion
+from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
 from dsd.backbone.stable_diffusion import StableDiffusionBackbone
 from dsd.baselines.diffusion import DiffusionClassifier
@@ -47,6 +49,7 @@ from dsd.evaluate import installed_versions, write_text
 from dsd.images import load_image, resize_crop
 from dsd.learn import FitConfig
 from dsd.matcher import Matcher
+from dsd.metrics import outcomes
 from dsd.probe import cross_attention_layers, paper_layers, select_layers
 from dsd.race import Budget, Price, Race
 from dsd.scorer import Scorer, common_noise
@@ -497,6 +500,51 @@ def learning(quick: bool) -> dict[str, Any]:
     return found
 
 
+# Few layers
+
+
+def layers(quick: bool) -> dict[str, Any]:
+    backbone = load_backbone("tiny", device="cpu")
+    few_shot, val, test = (
+        world_task("winoground", split, "standard", 8 if quick else count, 0)
+        for split, count in (("few-shot", 256), ("val", 100), ("test", 200))
+    )
+    timesteps = even_timesteps(5, 0, 600)
+    config = FitConfig(validation=0.25, steps=4) if quick else FitConfig(validation=0.25)
+    told = [[(image, text) for text in e.texts] for e in val for image in e.images]
+    right = [j for e in val for _, j in sorted(e.positives)]
+    pairs = [pair for e in test for pair in e.pairs]
+    made: dict[str, Any] = {}
+    won: dict[str, np.ndarray] = {}
+    runs: dict[str, tuple[Adapter, ScoreConfig]] = {}
+    for name, chosen in {"all": None, "down and mid": ("down_blocks", "mid_block"), "down": ("down_blocks",)}.items():
+        matcher = Matcher(backbone, ScoreConfig("attention", timesteps, layers=chosen))
+        began = time.process_time()
+        matcher.fit(few_shot, config=config)
+        made[name] = {"processor seconds to learn": time.process_time() - began}
+        assert matcher.adapter is not None
+        runs[name] = matcher.adapter, matcher.score_config
+        if chosen is None:
+            found = matcher.telling_layers(told, right)
+            name = f"all, scored by the first {len(found)}"
+            made[name] = {}
+            runs[name] = matcher.adapter, replace(matcher.score_config, layers=found)
+        matcher.forget()
+    for name, (adapter, score) in runs.items():
+        matcher = Matcher(backbone, score, adapter=replace(adapter, score=score))
+        scores = matcher.predict(pairs)  # pictures and captions are encoded now
+        made[name]["seconds a pass of a row"] = seconds(lambda m=matcher: m.predict(pairs), 3) / (  # type: ignore[misc]
+            len(pairs) * len(timesteps)
+        )
+        won[name] = outcomes(test, [part.reshape(2, 2) for part in np.split(scores, len(test))])
+        made[name]["choices won"] = float(won[name].mean())
+        made[name]["less all, points"] = difference(list(won[name]), list(won["all"]))
+        matcher.forget()
+    bare = Matcher(backbone, ScoreConfig("attention", timesteps))
+    zero = outcomes(test, [part.reshape(2, 2) for part in np.split(bare.predict(pairs), len(test))])
+    return {"examples": len(few_shot), "test": len(test), "before": float(zero.mean()), "layers": made}
+
+
 # Starting
 
 
@@ -524,6 +572,7 @@ PARTS: dict[str, Callable[[bool], dict[str, Any]]] = {
     "overhead": overhead,
     "scaling": scaling,
     "learning": learning,
+    "layers": layers,
     "start": start,
     "ranking": ranking,
 }

@@ -119,6 +119,32 @@ def page(out: Path, values: dict[str, Any]) -> str:
     if "learning" in parts:
         rows = [{"task": name, **p} for name, p in parts["learning"].items() if isinstance(p, dict)]
         lines += ["", "## Learning prompts on the embedded model", "", table(rows, list(rows[0]))]
+    if "layers" in parts:
+        p = parts["layers"]
+        rows = []
+        for name, found in p["layers"].items():
+            gap = found["less all, points"]
+            rows.append(
+                {
+                    "layers": name,
+                    "choices won": found["choices won"],
+                    "less all, points": f"{gap['mean']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]",
+                    "ms a pass of a row": 1000 * found["seconds a pass of a row"],
+                    "processor seconds to learn": round(found["processor seconds to learn"])
+                    if "processor seconds to learn" in found
+                    else "",
+                }
+            )
+        lines += [
+            "",
+            "## Attention that is taught on few layers",
+            "",
+            f"Winoground of the embedded world, level standard: attention alone, taught from {p['examples']} examples, five",
+            f"timesteps, {p['test']} test groups of four choices ({p['before']:.3f} of which are won before learning).",
+            "Passes end after the last layer that is looked at, in learning too.",
+            "",
+            table(rows, list(rows[0])),
+        ]
     if "start" in parts:
         rows = [{"what": name, "seconds": s} for name, s in parts["start"].items()]
         lines += ["", "## Starting", "", table(rows, list(rows[0]))]
