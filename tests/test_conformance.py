@@ -881,7 +881,7 @@ def test_targets(kind: str, backbone: Backbone) -> None:
     rest = set(prompts.targets(denoiser, PromptConfig(attention="self")))
     assert cross | rest == found
     assert not cross & rest
-    queries = prompts.targets(denoiser, PromptConfig(projections=("to_q",)))
+    queries = prompts.targets(denoiser, PromptConfig(projections=("to_q",), attention="cross"))
     added = {n for n in queries if n.endswith("add_q_proj")}
     assert bool(added) == (kind in JOINT)
     assert {n for n in queries if n not in added} == {f"{n}.to_q" for n in cross_attention_layers(denoiser)}
