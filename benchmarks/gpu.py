@@ -84,38 +84,83 @@ def matrix_product_peak(device: torch.device, size: int) -> float:
     return 2 * size**3 / float(clock(lambda: a @ b, device, repeats=10)["seconds"])
 
 
-def throughput(backbone: Backbone, rows: int, device: torch.device, peak: float) -> dict[str, Any]:
-    """Bare denoiser passes a second, plain, in channels-last layout and compiled, and their share of the peak."""
-    scorer = Scorer(backbone, ScoreConfig("denoising", backbone.timesteps))
-    latents = scorer.latents(pictures(1)).expand(rows, -1, -1, -1).contiguous()
-    text = scorer.texts([CAPTIONS[0]])[0].select([0] * rows)
-    timesteps = torch.full((rows,), 500, device=device)
+WAYS: dict[str, dict[str, Any]] = {
+    "compiled": {},
+    "compiled, CUDA graphs": {"mode": "reduce-overhead"},
+    "compiled, tuned": {"mode": "max-autotune-no-cudagraphs"},
+}
+"""Options of ``Scorer.compile``, the quickest to compile first."""
 
-    def run() -> None:
-        with torch.no_grad():
-            backbone.predict_noise(latents, timesteps, text)
+
+def throughput(
+    backbone: Backbone, rows: int, device: torch.device, peak: float, late: Callable[[], bool]
+) -> dict[str, Any]:
+    """Passes a second, bare and with the attention score, plain, in channels-last layout and compiled.
+
+    With each the share of the peak that bare passes reach, and how far scores are from the plain ones.
+    """
+    scorer = Scorer(backbone, ScoreConfig("attention", backbone.timesteps))
+    latents = scorer.latents(pictures(1)).expand(rows, -1, -1, -1).contiguous()
+    text = scorer.texts([CAPTIONS[0]])[0]
+    captions = [0] * rows
+    timesteps = torch.full((rows,), 500, device=device)
+    noise = scorer.noise[:1].expand(rows, -1, -1, -1).contiguous()
+
+    @torch.no_grad()
+    def bare() -> Any:
+        return noised_pass(backbone, latents, noise, timesteps, text, captions=captions).predicted
+
+    @torch.no_grad()
+    def scored() -> Any:
+        layers = scorer.score.layers
+        made = noised_pass(
+            backbone, latents, noise, timesteps, text, layers, captions=captions, over="own", predict=False
+        )
+        return scorer.score(made, None)
 
     with FlopCounterMode(display=False) as counter:
-        run()
+        bare()
     operations = counter.get_total_flops()
-    found: dict[str, Any] = {"rows": rows, "operations a row": operations / rows}
+    found: dict[str, Any] = {"rows": rows, "operations a row": operations / rows, "ways": {}}
+    plain = bare().clone(), scored().clone()
 
     def measure(name: str) -> None:
-        made = clock(run, device, repeats=5)
-        share = operations / made["seconds"] / peak
-        found[name] = {"rows a second": rows / made["seconds"], "share of peak": share, "peak_gib": made["peak_gib"]}
+        apart = [float((now - before).abs().max()) for now, before in zip((bare(), scored()), plain, strict=True)]
+        made, heard = clock(bare, device, repeats=5), clock(scored, device, repeats=5)
+        found["ways"][name] = {
+            "rows a second": rows / made["seconds"],
+            "share of peak": operations / made["seconds"] / peak,
+            "peak_gib": made["peak_gib"],
+            "attention score, rows a second": rows / heard["seconds"],
+            "overhead of the score": heard["seconds"] / made["seconds"] - 1,
+            "noise differs by": apart[0],
+            "score differs by": apart[1],
+        }
 
     measure("plain")
     backbone.denoiser.to(memory_format=torch.channels_last)
     measure("channels last")
-    start = time.perf_counter()
-    backbone.denoiser.compile(dynamic=False)
+    fastest = max(found["ways"], key=lambda name: found["ways"][name]["rows a second"])
+    if fastest == "plain":
+        backbone.denoiser.to(memory_format=torch.contiguous_format)
+    found["compiled with"] = fastest
     try:
-        run()
-        found["compiling, seconds"] = time.perf_counter() - start
-        measure("compiled, channels last")
+        for name, options in WAYS.items():
+            if late():
+                found.setdefault("skipped, no time left", []).append(name)
+                continue
+            torch._dynamo.reset()
+            start = time.perf_counter()
+            scorer.compile(**options)
+            bare()
+            scored()
+            seconds = time.perf_counter() - start
+            measure(name)
+            found["ways"][name]["compiling, seconds"] = seconds
     finally:
-        backbone.denoiser._compiled_call_impl = None
+        for module in backbone.denoiser.modules():
+            module._compiled_call_impl = None
+        backbone.compiled = False
         backbone.denoiser.to(memory_format=torch.contiguous_format)
     return found
 
@@ -176,7 +221,7 @@ def check(name: str, device: torch.device, small: bool, peak: float, late: Calla
             ]
             if dtype == torch.bfloat16:
                 made["throughput"] = unless_late(
-                    "throughput", lambda b=backbone: throughput(b, 2 if small else 8, device, peak)
+                    "throughput", lambda b=backbone: throughput(b, 2 if small else 8, device, peak, late)
                 )
                 made["learning step"] = unless_late("learning step", lambda b=backbone: step(b, device))
             print(f"{name} {key}", file=sys.stderr, flush=True)

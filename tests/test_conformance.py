@@ -26,7 +26,7 @@ from dsd.backbone.latent import Flow
 from dsd.contracts import AdapterError, ModelError, OptionError, TextError
 from dsd.explain import explain
 from dsd.explanation import ExplainConfig
-from dsd.probe import Probe, cross_attention_layers, projections, select_layers
+from dsd.probe import Probe, cross_attention_layers, projections, select_layers, unheard
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import Score, ScoreConfig, noised_pass
@@ -683,6 +683,30 @@ def test_a_pass_ends_after_the_last_layer_that_is_looked_at(kind: str, backbone:
             ran.clear()
     last.remove()
     assert hooks(backbone.denoiser) == before
+
+
+@pytest.mark.filterwarnings("default")  # what compilers warn of is not ours
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "sd35", "flux-dev", "pixart-sigma"])
+def test_what_nothing_listens_to_is_compiled_once(kind: str) -> None:
+    made = models.backbone_of(deepcopy(stock(kind)))
+    inside = {id(m) for part in unheard(made.denoiser) for m in part.modules()}
+    heard = {id(m) for layer in cross_attention_layers(made.denoiser).values() for m in layer.modules()}
+    assert inside
+    assert not inside & heard
+    made_by = {name: scorer(made, kind, score={"kind": name}) for name in ("attention", "attention-mass", "denoising")}
+    expected = {name: s.predict(pairs(kind)) for name, s in made_by.items()}
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters["stats"]
+    made_by["denoising"].compile(backend="eager")  # the denoiser, which is theirs all
+    for name, by in made_by.items():
+        found = by.predict(pairs(kind))
+        graphs = counters["unique_graphs"]
+        assert graphs
+        assert found == pytest.approx(expected[name], abs=1e-5)
+        # other listeners come and go, and nothing is compiled anew for them
+        assert by.predict(pairs(kind)) == pytest.approx(found, abs=1e-6)
+        assert counters["unique_graphs"] == graphs
+    torch._dynamo.reset()
 
 
 @every

@@ -384,6 +384,25 @@ def test_pictures_that_share_a_caption_are_no_negatives() -> None:
     assert len(Negatives(toy(6), 0, 2, 0).join(0, random.Random(0)).choices) == 1
 
 
+def test_examples_that_ask_in_one_direction_get_a_negative_of_each_kind() -> None:
+    import random
+
+    def rows(*shape: int, right: tuple[tuple[int, int], ...]) -> int:
+        """How many pairs a first example of so many images and texts brings to a step."""
+        images, texts = shape
+        first = Example("a", tuple(picture(k) for k in range(images)), tuple("abcd"[:texts]), right)
+        drawn = Negatives([first, *toy(4)], None, None, 0).join(0, random.Random(0))
+        assert len(drawn.images) == len(drawn.texts)
+        return len(drawn.texts)
+
+    assert rows(2, 1, right=((0, 0),)) == 2 + 1 + 1
+    assert rows(1, 2, right=((0, 0),)) == 2 + 1 + 1
+    assert rows(2, 1, right=((0, 0), (1, 0))) == 2 + 2 + 2
+    assert rows(2, 2, right=((0, 0), (1, 1))) == 4
+    # the second picture has no caption, so that nothing is asked of it
+    assert rows(2, 2, right=((0, 0), (0, 1))) == 4 + 2 + 2
+
+
 def test_some_of_many_candidates_take_part() -> None:
     """The right ones always, others anew each time, and every choice among those that take part."""
     import random

@@ -61,6 +61,15 @@ def noise_seen(backbone: Backbone, caption: str = "a red circle left of a dog") 
         return backbone.predict_noise(noised.to(backbone.device), t.to(backbone.device), text)
 
 
+def test_the_layout_in_memory_changes_nothing_else(pipe: Pipe) -> None:
+    plain, last = load_backbone(pipe()), load_backbone(pipe(), channels_last=True)
+    weights = [m.weight for m in last.denoiser.modules() if isinstance(m, nn.Conv2d) and m.kernel_size != (1, 1)]
+    assert weights
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    assert not any(w.is_contiguous() for w in weights)
+    assert torch.allclose(noise_seen(plain), noise_seen(last), atol=1e-5)
+
+
 def edit(file: Path, **values: Any) -> None:
     """Sets values of a JSON file; None takes one away."""
     listed = {**json.loads(file.read_text()), **values}

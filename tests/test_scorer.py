@@ -371,11 +371,42 @@ def test_change_of_score_keeps_what_is_encoded(
     assert scorer.size == PIXELS
 
 
+# Compiling
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # what compilers warn of is not ours
-def test_a_compiled_denoiser_gives_the_same(pipe: Pipe, tables: dict[str, np.ndarray]) -> None:
+def test_a_denoiser_that_is_compiled_whole_gives_the_same(pipe: Pipe, tables: dict[str, np.ndarray]) -> None:
     compiled = load_backbone(pipe())
     compiled.denoiser.compile(backend="eager")
     for kind in ("attention", "denoising"):
         found = Scorer(compiled, CONFIGS[kind]).predict([(IMAGES[0], TEXTS[0]), (IMAGES[1], TEXTS[1])])
         assert found == pytest.approx([tables[kind][0, 0], tables[kind][1, 1]], abs=1e-5)
+
+
+def test_a_compiled_denoiser_sees_few_shapes(
+    pipe: Pipe, tables: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load_backbone(pipe())
+    shapes: list[int] = []
+    honest = backbone.predict_noise
+
+    def counted(noised: Tensor, *args: Any) -> Tensor:
+        shapes.append(len(noised))
+        return honest(noised, *args)
+
+    monkeypatch.setattr(backbone, "predict_noise", counted)
+    for kind in CONFIGS:
+        scorer = Scorer(backbone, CONFIGS[kind], batch_size=7)
+        scorer.compile(backend="eager")
+        for n in range(1, 4):
+            pairs = [(image, text) for image in IMAGES[:n] for text in TEXTS]
+            assert scorer.predict(pairs) == pytest.approx(tables[kind][:n].ravel(), abs=1e-5)
+    assert set(shapes) <= {1, 2, 4, 7}
+    assert any(n == 7 for n in shapes)
+
+
+def test_layers_offloaded_one_by_one_are_not_compiled(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone, "offload", "sequential")
+    with pytest.raises(OptionError, match="sequential"):
+        Scorer(backbone, CONFIGS["attention"]).compile()

@@ -72,8 +72,10 @@ class FitConfig:
             more on all; None holds out by turns.
         check_every: Steps between looks at the held-out examples.
         patience: Looks without improvement before it stops.
-        negatives: Captions of other examples that join each right pair as wrong candidates, drawn anew each step.
-        image_negatives: Pictures of other examples that do.
+        negatives: Captions of other examples that join each right pair as wrong candidates, drawn anew each step. None:
+            one, but none for an example that asks in both directions already, with wrong captions for a picture and
+            wrong pictures for a caption: these are harder than those of others, which then cost more than they teach.
+        image_negatives: Pictures of other examples that do; None: as for ``negatives``.
         swaps: Captions with two words exchanged that do. Such a caption can be true all the same (see
             :mod:`dsd.negatives`), so there are none by default.
         candidates: Images, and texts, of an example that take part in a step at most: the right ones, and others drawn
@@ -99,8 +101,8 @@ class FitConfig:
     validation: float | None = None
     check_every: int = 50
     patience: int = 8
-    negatives: int = 1
-    image_negatives: int = 1
+    negatives: int | None = None
+    image_negatives: int | None = None
     swaps: int = 0
     candidates: int | None = 4
     draws: int = 4
@@ -125,7 +127,7 @@ class FitConfig:
         if self.folds < 2:
             raise OptionError(f"got {self.folds} folds, expected 2 or more")
         for name in ("negatives", "image_negatives", "swaps", "jitter", "weight_decay"):
-            if not getattr(self, name) >= 0:
+            if not (getattr(self, name) is None or getattr(self, name) >= 0):
                 raise OptionError(f"got {name} {getattr(self, name)}, expected 0 or more")
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"got seed {self.seed}, expected 0 or more, and less than 2 to the power of 63")

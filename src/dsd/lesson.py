@@ -51,21 +51,27 @@ class Negatives:
 
     Args:
         examples: The pool.
-        texts: Captions of other examples for each right pair.
-        images: Pictures of other examples for each right pair.
+        texts: Captions of other examples for each right pair; None: one, but none for an example that has both wrong
+            captions for a right picture and wrong pictures for a right caption.
+        images: Pictures of other examples for each right pair; None: as for ``texts``.
         swaps: Captions made of its own by exchanging words, for each right pair (:class:`dsd.negatives.Swaps`).
         candidates: Images, and texts, of an example that take part at most: the right ones, and others drawn anew each
             time; None takes all.
     """
 
     def __init__(
-        self, examples: Sequence[Example], texts: int, images: int, swaps: int, candidates: int | None = None
+        self,
+        examples: Sequence[Example],
+        texts: int | None,
+        images: int | None,
+        swaps: int,
+        candidates: int | None = None,
     ) -> None:
         self._examples = list(examples)
         self._most = candidates
-        self._texts, self._images, self._count = texts, images, swaps
+        self._texts, self._images, self._swapped = texts, images, swaps
         self._captions = sorted({text for e in self._examples for text in e.texts})
-        self._pictures = [(i, k) for i, e in enumerate(self._examples) for k in range(len(e.images))] if images else []
+        self._pictures = [(i, k) for i, e in enumerate(self._examples) for k in range(len(e.images))]
         self._swaps = Swaps(self._captions) if swaps else None
 
     def join(self, i: int, rng: random.Random) -> Drawn:
@@ -76,15 +82,12 @@ class Negatives:
         images = [(i, k) for k in shown for _ in said]
         texts = [example.texts[j] for _ in shown for j in said]
         made = choices_of(example, shown, said)
-        others = [t for t in self._captions if t not in example.texts] if self._texts else []
         for image, text in example.positives:
             caption = example.texts[text]
-            wrong = rng.sample(others, min(self._texts, len(others)))
+            wrong = self._captions_for(i, image, rng)
             if self._swaps is not None:
-                wrong += self._swaps.of(caption, self._count, rng, {*example.texts, *wrong})
-            # of examples that do not have this caption, in which it may be right
-            apart = [at for at in self._pictures if at[0] != i and caption not in self._examples[at[0]].texts]
-            places = rng.sample(apart, min(self._images, len(apart)))
+                wrong += self._swaps.of(caption, self._swapped, rng, {*example.texts, *wrong})
+            places = self._pictures_for(i, text, rng)
             for captions, pictures in ((wrong, [(i, image)] * len(wrong)), ([caption] * len(places), places)):
                 own, first = shown.index(image) * len(said) + said.index(text), len(texts)
                 images += pictures
@@ -93,6 +96,32 @@ class Negatives:
                 if len(rows) > 1:
                     made.append(Choice(rows, tuple(row == own for row in rows)))
         return Drawn(tuple(images), tuple(texts), tuple(made))
+
+    def _captions_for(self, i: int, image: int, rng: random.Random) -> list[str]:
+        """Of other examples than the ``i``-th, for a picture of it."""
+        count = self._ask(i, self._texts)
+        others = [text for text in self._captions if text not in self._examples[i].texts] if count else []
+        return rng.sample(others, min(count, len(others)))
+
+    def _pictures_for(self, i: int, text: int, rng: random.Random) -> list[tuple[int, int]]:
+        """Of other examples than the ``i``-th, for a caption of it."""
+        count = self._ask(i, self._images)
+        # not of examples that have this caption, in which it may be right
+        caption = self._examples[i].texts[text]
+        apart = (
+            [at for at in self._pictures if at[0] != i and caption not in self._examples[at[0]].texts] if count else []
+        )
+        return rng.sample(apart, min(count, len(apart)))
+
+    def _ask(self, i: int, count: int | None) -> int:
+        """How many of a kind join each right pair of the ``i``-th example."""
+        if count is not None:
+            return count
+        example = self._examples[i]
+        images, texts = ({pair[side] for pair in example.positives} for side in (0, 1))
+        wrong_text = any((k, j) not in example.positives for k in images for j in range(len(example.texts)))
+        wrong_image = any((k, j) not in example.positives for j in texts for k in range(len(example.images)))
+        return int(not (wrong_text and wrong_image))
 
     def _some(self, count: int, right: set[int], rng: random.Random) -> list[int]:
         """Which of ``count`` images or texts take part."""

@@ -85,6 +85,28 @@ def cross_attention_layers(denoiser: nn.Module) -> dict[str, Any]:
     return dict(sorted(found.items(), key=lambda item: order.get(item[0].split(".")[0], 0)))
 
 
+def unheard(denoiser: nn.Module) -> list[nn.Module]:
+    """The largest parts of a denoiser in which no probe listens, single layers aside: what can be compiled apart.
+
+    A compiled part is compiled anew whenever a listener comes or goes within it.
+    """
+    heard = {n for n, module in denoiser.named_modules() if _make(module) not in (None, "self")}
+    found: list[nn.Module] = []
+
+    def look(name: str, module: nn.Module) -> None:
+        if name in heard:
+            return
+        inside = not name or any(other.startswith(f"{name}.") for other in heard)
+        if not inside and not isinstance(module, nn.ModuleList):
+            found.extend([module] if any(True for _ in module.children()) else [])
+            return
+        for child, part in module.named_children():
+            look(f"{name}.{child}" if name else child, part)
+
+    look("", denoiser)
+    return found
+
+
 def projections(denoiser: nn.Module) -> dict[str, tuple[bool, Roles]]:
     """Every attention layer by name: whether the image attends to the text in it, and its projections.
 

@@ -18,6 +18,7 @@ from dsd.backbone import Backbone, Latents, TextStates
 from dsd.contracts import DsdError, ImageInput, ModelError, OptionError, Pair, TextError, batched
 from dsd.encodings import Encodings
 from dsd.images import content_hash, load_image, resize_crop
+from dsd.probe import unheard
 from dsd.race import Price
 from dsd.scores import Measured, Pass, Score, ScoreConfig, noised_pass
 
@@ -119,6 +120,14 @@ class Scorer:
                 "(timesteps, channels, height, width)"
             )
         return torch.from_numpy(given.astype(np.float32)).to(self.backbone.device)
+
+    def compile(self, **options: Any) -> None:
+        """Compiles the denoiser but for the layers that are listened to; see :meth:`dsd.matcher.Matcher.compile`."""
+        if self.backbone.offload == "sequential":
+            raise OptionError("got offload 'sequential', expected networks that stay whole on a device to compile them")
+        for module in unheard(self.backbone.denoiser):
+            module.compile(**{"dynamic": False, **options})
+        self.backbone.compiled = True
 
     # Encoding, once
 
@@ -489,15 +498,16 @@ class Scorer:
                 said = ["" if i is None else pairs[i][1] for _, _, i in part]
                 first = {text: i for text, (_, _, i) in zip(reversed(said), reversed(part), strict=True)}
                 number = {text: k for k, text in enumerate(first)}
+                filled = self._filled(len(part))
                 made = noised_pass(
                     self.backbone,
-                    latents[[image for image, _, _ in part]],
-                    noise[step],
-                    timesteps[step],
+                    latents[[part[k][0] for k in filled]],
+                    noise[step[filled]],
+                    timesteps[step[filled]],
                     TextStates.join([nothing if i is None else texts[i] for i in first.values()]),
                     layers,
                     what.direction,
-                    captions=[number[text] for text in said],
+                    captions=[number[said[k]] for k in filled],
                     over=what.over,
                     predict=what.sees_noise,
                 )
@@ -510,16 +520,25 @@ class Scorer:
                 if len(blanks) > 1:
                     blanks[:] = [Pass.join(blanks)]
                 rest = [(shared[image, s], i) for image, s, i in part[under:] if i is not None]
+                if under or len(filled) > len(part):
+                    made = made.rows(range(under, len(part)))
                 take(
                     [i for _, i in rest],
                     step[under:],
-                    (made.rows(range(under, len(part))) if under else made).only(what.layers),
+                    made.only(what.layers),
                     blanks[0].rows([place for place, _ in rest]) if blanks else None,
                 )
                 bar.update(len(rest))
 
             while done < len(items):
                 self._fit_memory(run)
+
+    def _filled(self, rows: int) -> list[int]:
+        """Places of the rows of a batch; for a compiled denoiser filled up, so that it sees few shapes."""
+        if not self.backbone.compiled:
+            return list(range(rows))
+        size = min(max(self.batch_size, rows), 1 << (rows - 1).bit_length())
+        return [*range(rows), *[rows - 1] * (size - rows)]
 
     def _fit_memory(self, run: Callable[[int], None]) -> None:
         """Runs one batch, with half the rows for as long as memory runs out."""

@@ -115,6 +115,7 @@ class Backbone(ABC):
         num_train_timesteps: Timesteps are integers from 0 (clean) below this (noise).
         timesteps: What scores look at unless told otherwise; each counts the same.
         offload: How its networks are kept off the device (see ``LoadConfig``); None if they stay there.
+        compiled: Whether parts of the denoiser are compiled, for few shapes.
     """
 
     pipelines: ClassVar[tuple[str, ...]] = ()
@@ -128,6 +129,7 @@ class Backbone(ABC):
     num_train_timesteps: int
     timesteps: tuple[int, ...] = (189, 389, 589, 789)
     offload: str | None = None
+    compiled: bool = False
 
     @property
     @abstractmethod

@@ -43,6 +43,8 @@ class LoadConfig:
         offload: ``model`` keeps networks in the CPU's memory and brings one at a time to the GPU, ``sequential`` one
             layer at a time. Learning works with the first alone.
         quantize_text_encoder: ``8bit`` or ``4bit`` text encoders, by bitsandbytes. Scores change with it.
+        channels_last: Whether images and latents lie in memory pixel by pixel, which is faster for convolutions on
+            recent GPUs in half precision.
         variant: Of the weights' files, such as ``fp16``; components without that variant use the plain files.
         revision: A commit, branch or tag on the hub. Default: that of the card, else ``main``.
         token: For the hub: an access token, or True for the saved one.
@@ -60,6 +62,7 @@ class LoadConfig:
     device_map: DeviceMap | None = None
     offload: Offload | None = None
     quantize_text_encoder: Quantization | None = None
+    channels_last: bool = False
     variant: str | None = None
     revision: str | None = None
     token: str | bool | None = None
@@ -122,6 +125,10 @@ def load_backbone(model: str, **options: Any) -> Backbone:
             pipeline = _find_pipeline(model, where, config)
             components = _from_folder(model, pipeline, config, device, quantize)
         _place(components, config, device)
+        if config.channels_last:
+            for name in ("vae", *_DENOISERS):
+                if name in components:
+                    components[name].to(memory_format=torch.channels_last)
         family: Any = pipeline.family
         backbone: Backbone = family(model, **components, **pipeline.settings)
     except DsdError:

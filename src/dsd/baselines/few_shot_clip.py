@@ -48,7 +48,8 @@ class FewShotClip(Clip):
         options: As for :class:`dsd.baselines.towers.Clip`.
     """
 
-    defaults: ClassVar[FitConfig] = FitConfig(candidates=None)
+    # whole batches go through the towers at once: further candidates cost next to nothing
+    defaults: ClassVar[FitConfig] = FitConfig(negatives=1, image_negatives=1, candidates=None)
 
     def __init__(self, model: str = "clip-tiny", *, fit_config: FitConfig | None = None, **options: Any) -> None:
         super().__init__(model, **options)
@@ -212,7 +213,6 @@ class LinearProbe(FewShotClip):
     """
 
     name = "clip-linear-probe"
-    defaults = FitConfig(candidates=None)
 
     def _settings(self) -> dict[str, Any]:
         return {}
@@ -423,7 +423,7 @@ class CoOp(_Gradient):
     """
 
     name = "clip-coop"
-    defaults = FitConfig(learning_rate=5e-3, weight_decay=0.01, patience=4, candidates=None, validation=0.25)
+    defaults = replace(FewShotClip.defaults, learning_rate=5e-3, weight_decay=0.01, patience=4, validation=0.25)
 
     def __init__(self, model: str = "clip-tiny", *, tokens: int = 4, **options: Any) -> None:
         if tokens < 1:
@@ -512,8 +512,14 @@ class Lora(_Gradient):
     """
 
     name = "clip-lora"
-    defaults = FitConfig(
-        learning_rate=2e-3, weight_decay=0.01, steps=100, check_every=20, patience=3, candidates=None, validation=0.25
+    defaults = replace(
+        FewShotClip.defaults,
+        learning_rate=2e-3,
+        weight_decay=0.01,
+        steps=100,
+        check_every=20,
+        patience=3,
+        validation=0.25,
     )
     PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 

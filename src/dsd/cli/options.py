@@ -109,6 +109,7 @@ def model_options(command: argparse.ArgumentParser, adapter: bool = True) -> Non
     group.add_argument("--seed", type=int, metavar="S", help="decides the noise (default: 0)")
     group.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the model's own)")
     group.add_argument("--batch-size", type=int, metavar="N", help="rows a pass; halved when memory runs out")
+    group.add_argument("--compile", action="store_true", help="compile the denoiser: slow to start, faster then")
     group.add_argument(
         "--encodings",
         metavar="DIR",
@@ -130,6 +131,7 @@ def loading_options(command: argparse.ArgumentParser) -> None:
         "--offload", choices=OFFLOADS, help="keep networks in the CPU's memory, bring one, or one layer, at a time"
     )
     group.add_argument("--quantize-text-encoder", choices=QUANTIZATIONS, help="with bitsandbytes, on a CUDA GPU")
+    group.add_argument("--channels-last", action="store_true", help="lay images out pixel by pixel: for recent GPUs")
     group.add_argument("--variant", metavar="V", help="of the weights' files, such as fp16")
     group.add_argument(
         "--revision", metavar="R", help="commit, branch or tag on the hub (default: the card's, or main)"
@@ -179,7 +181,7 @@ def matcher_of(a: argparse.Namespace) -> Matcher:
             ) from None
         if not isinstance(noise, np.ndarray):
             raise OptionError(f"{a.noise}: got an archive, expected one array saved by numpy.save")
-    return Matcher.from_pretrained(
+    matcher = Matcher.from_pretrained(
         a.model,
         adapter=getattr(a, "adapter", None),
         score=a.score,
@@ -193,13 +195,23 @@ def matcher_of(a: argparse.Namespace) -> Matcher:
         encodings=a.encodings,
         **loading_of(a),
     )
+    return matcher.compile() if a.compile else matcher
 
 
 def loading_of(a: argparse.Namespace) -> dict[str, Any]:
     """The fields of ``dsd.backbone.LoadConfig`` that the options say."""
     import torch
 
-    names = ("device", "offload", "quantize_text_encoder", "variant", "revision", "config", "allow_pickle")
+    names = (
+        "device",
+        "offload",
+        "quantize_text_encoder",
+        "channels_last",
+        "variant",
+        "revision",
+        "config",
+        "allow_pickle",
+    )
     return {**{n: getattr(a, n) for n in names}, "device_map": _device_map(a), "dtype": getattr(torch, a.dtype)}
 
 
