@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
+from inspect import signature
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -125,8 +126,11 @@ class Scorer:
         """Compiles the denoiser but for the layers that are listened to; see :meth:`dsd.matcher.Matcher.compile`."""
         if self.backbone.offload == "sequential":
             raise OptionError("got offload 'sequential', expected networks that stay whole on a device to compile them")
+        usual: dict[str, Any] = {"dynamic": False}
+        if "isolate_recompiles" in signature(torch.compile).parameters:
+            usual["isolate_recompiles"] = True  # else parts of one class share what few shapes torch allows a function
         for module in unheard(self.backbone.denoiser):
-            module.compile(**{"dynamic": False, **options})
+            module.compile(**{**usual, **options})
         self.backbone.compiled = True
 
     # Encoding, once
