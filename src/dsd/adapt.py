@@ -91,7 +91,7 @@ def fit(
         OptionError: If there is nothing to learn from, or the checkpoint is of another request.
         ModelError: If the loss stops being finite.
     """
-    config, prompt = config or FitConfig(), prompt or PromptConfig()
+    config, prompt = (config or FitConfig()).resolved(len(examples)), prompt or PromptConfig()
     zero, denoiser = scorer.score.config, scorer.backbone.denoiser
     idle = [e.id for e in (*examples, *(validation or ())) if not choices_of(e)]
     if idle:
@@ -268,7 +268,7 @@ class _Gradient:
             trails, going = [Trail(**values) for values in state["trails"]], state["learner"]
         held_out = [e for turn in turns for e in turn.held_out]
         jury = Jury(held_out)
-        steps = self.config.steps
+        steps, _ = self.config.schedule
         runs = len(turns) + (len(turns) > 1)
         bar = tqdm(desc="learning", unit="step", total=runs * steps, disable=not (progress and self.team.leads))
         with bar:

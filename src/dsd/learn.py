@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
@@ -63,14 +63,14 @@ class FitConfig:
         objective: ``hinge`` on the hardest negative (He et al. 2023) or ``softmax`` over candidates.
         margin: Of the hinge, in units of the score's spread on the first batch.
         temperature: Of the softmax, in the same units.
-        steps: Optimizer steps at most.
+        steps: Optimizer steps at most. None: as many as go through the examples 25 times, but 100 to 400.
         batch: Examples a step.
         learning_rate: Peak; falls to zero along a cosine.
         weight_decay: Of AdamW. Without it prompts overfit a hundred examples.
         folds: In which examples are held out by turns when no validation examples are given.
         validation: Share of the examples to hold out once instead, which costs one run rather than one a fold and one
             more on all; None holds out by turns.
-        check_every: Steps between looks at the held-out examples.
+        check_every: Steps between looks at the held-out examples. None: an eighth of all steps.
         patience: Looks without improvement before it stops.
         negatives: Captions of other examples that join each right pair as wrong candidates, drawn anew each step. None:
             one, but none for an example that asks in both directions already, with wrong captions for a picture and
@@ -93,13 +93,13 @@ class FitConfig:
     objective: Objective = "softmax"
     margin: float = 0.1
     temperature: float = 1.0
-    steps: int = 400
+    steps: int | None = None
     batch: int = 16
     learning_rate: float = 5e-3
     weight_decay: float = 0.1
     folds: int = 3
     validation: float | None = None
-    check_every: int = 50
+    check_every: int | None = None
     patience: int = 8
     negatives: int | None = None
     image_negatives: int | None = None
@@ -118,8 +118,9 @@ class FitConfig:
             raise OptionError(f"got scores {self.mix} to mix, expected some of {', '.join(SCORES)}")
         if self.objective not in get_args(Objective):
             raise OptionError(f"got objective {self.objective!r}, expected one of {get_args(Objective)}")
-        above = ("margin", "temperature", "steps", "batch", "learning_rate", "check_every", "patience", "draws")
-        for name in (*above, *(() if self.gradient_accumulation_steps is None else ("gradient_accumulation_steps",))):
+        above = ("margin", "temperature", "batch", "learning_rate", "patience", "draws")
+        maybe = ("steps", "check_every", "gradient_accumulation_steps")
+        for name in (*above, *(name for name in maybe if getattr(self, name) is not None)):
             if not getattr(self, name) > 0:
                 raise OptionError(f"got {name} {getattr(self, name)}, expected more than 0")
         if self.candidates is not None and self.candidates < 2:
@@ -133,6 +134,18 @@ class FitConfig:
             raise OptionError(f"got seed {self.seed}, expected 0 or more, and less than 2 to the power of 63")
         if self.validation is not None and not 0 < self.validation < 1:
             raise OptionError(f"got validation share {self.validation}, expected more than 0 and less than 1")
+
+    def resolved(self, examples: int) -> FitConfig:
+        """The same with numbers of steps that suit so many examples, where it has none."""
+        steps = self.steps or min(400, max(100, 25 * examples // self.batch))
+        return replace(self, steps=steps, check_every=self.check_every or max(1, steps // 8))
+
+    @property
+    def schedule(self) -> tuple[int, int]:
+        """Steps, and steps between looks, once they are resolved."""
+        assert self.steps is not None
+        assert self.check_every is not None
+        return self.steps, self.check_every
 
     @property
     def pieces(self) -> frozenset[str]:
@@ -362,7 +375,7 @@ class Learner:
             )
         self._add_up_gradients()
         # cosine to zero after a short rise
-        fall = min(1.0, self.done / 10) * 0.5 * (1 + math.cos(math.pi * (self.done - 1) / config.steps))
+        fall = min(1.0, self.done / 10) * 0.5 * (1 + math.cos(math.pi * (self.done - 1) / config.schedule[0]))
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * fall
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
@@ -577,12 +590,13 @@ def learn(
         tick: Called after every step, with the latest held-out accuracy.
     """
     config = learner.config
+    _, every = config.schedule
     before = trail.scores[0].numpy() if trail.scores else np.zeros(0)
     ranks = [jury.judge(join(before, s.numpy()) if i else before).rank for i, s in enumerate(trail.scores)]
     losses: list[float] = []
     while learner.done < steps and (not ranks or len(ranks) - 1 - ranks.index(max(ranks)) < config.patience):
         losses.append(learner.step())
-        if learner.done % config.check_every == 0 or learner.done == steps:
+        if learner.done % every == 0 or learner.done == steps:
             if jury.examples:
                 scores = held_out_scores(learner.scorer, jury, learner.team)
                 trail.add(learner.done, float(np.mean(losses)), scores, learner.learned())

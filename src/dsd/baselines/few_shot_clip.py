@@ -49,7 +49,9 @@ class FewShotClip(Clip):
     """
 
     # whole batches go through the towers at once: further candidates cost next to nothing
-    defaults: ClassVar[FitConfig] = FitConfig(negatives=1, image_negatives=1, candidates=None)
+    defaults: ClassVar[FitConfig] = FitConfig(
+        steps=400, check_every=50, negatives=1, image_negatives=1, candidates=None
+    )
 
     def __init__(self, model: str = "clip-tiny", *, fit_config: FitConfig | None = None, **options: Any) -> None:
         super().__init__(model, **options)
@@ -98,6 +100,7 @@ class FewShotClip(Clip):
             ImageError, TextError: If an image or caption cannot be scored.
         """
         config = self.fit_config if seed is None else replace(self.fit_config, seed=seed)
+        config = config.resolved(len(examples))
         idle = [e.id for e in (*examples, *(validation or ())) if not choices_of(e)]
         if idle or not examples:
             raise OptionError(
@@ -313,8 +316,9 @@ class _Gradient(FewShotClip):
         held_out = [e for turn in turns for e in turn.held_out]
         jury = Jury(held_out)
         learned: dict[str, Tensor] = {}
-        with tqdm(desc="learning", unit="step", total=runs * config.steps, disable=not progress) as bar:
-            trails = [self._run(turn.examples, turn.held_out, config.steps, config, bar.update) for turn in turns]
+        steps, _ = config.schedule
+        with tqdm(desc="learning", unit="step", total=runs * steps, disable=not progress) as bar:
+            trails = [self._run(turn.examples, turn.held_out, steps, config, bar.update) for turn in turns]
             looks = min(len(trail.steps) for trail in trails)
             scores = [np.concatenate([trail.scores[i] for trail in trails]) for i in range(looks)]
             judged = [jury.judge(s) for s in scores]
@@ -354,6 +358,7 @@ class _Gradient(FewShotClip):
                 ranks.append(jury.judge(trail.scores[-1]).rank)
 
         look(0, {})
+        planned, every = config.schedule
         with torch.no_grad():
             seen = [list(self._see([load_image(i) for i in e.images])) for e in examples]
         parameters = self._attach(config.seed)
@@ -375,7 +380,7 @@ class _Gradient(FewShotClip):
                 if not math.isfinite(loss.item()):
                     raise ModelError(f"got a loss of {loss.item()} at step {step}; lower the learning rate")
                 # cosine to zero after a short rise
-                fall = min(1.0, step / 10) * 0.5 * (1 + math.cos(math.pi * (step - 1) / config.steps))
+                fall = min(1.0, step / 10) * 0.5 * (1 + math.cos(math.pi * (step - 1) / planned))
                 for group in optimizer.param_groups:
                     group["lr"] = config.learning_rate * fall
                 optimizer.zero_grad()
@@ -383,7 +388,7 @@ class _Gradient(FewShotClip):
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 tick(1)
-                if step % config.check_every == 0 or step == steps:
+                if step % every == 0 or step == steps:
                     self.forget()
                     look(step, self._state())
                 if ranks and len(ranks) - 1 - ranks.index(max(ranks)) >= config.patience:
