@@ -49,6 +49,10 @@ Method = Literal[
 ]
 
 
+HEEDED_BY_WEIGHTS = ("method", "negatives", "image_negatives", "swaps", "draws", "folds", "seed")
+"""The fields of :class:`FitConfig` that ``weights`` alone depends on."""
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """How to learn.

@@ -30,7 +30,7 @@ from dsd.baselines import baseline
 from dsd.contracts import Example, OptionError
 from dsd.evaluate import claim, dataset_checksum, evaluate, write_text
 from dsd.explanation import ExplainConfig
-from dsd.learn import FitConfig
+from dsd.learn import HEEDED_BY_WEIGHTS, FitConfig
 from dsd.matcher import Matcher
 from dsd.metrics import outcomes
 from dsd.pages import failure_groups
@@ -422,7 +422,13 @@ def _made_by(config: StudyConfig, item: Sequence[Any]) -> dict[str, Any]:
     if item[0] == "blind" or item[3] in RIVALS:
         return {"model": _digest("clip_weights")}
     lesson = LESSONS[item[3]]
-    return {"model": _digest("weights"), **asdict(lesson), "max_steps": config.max_steps}
+    made: dict[str, Any] = {"model": _digest("weights"), **asdict(lesson)}
+    if lesson.config.method == "weights":  # heeds no more than these
+        del made["prompt"]
+        made["config"] = {name: made["config"][name] for name in HEEDED_BY_WEIGHTS}
+        return made
+    made["config"] = asdict(lesson.config.resolved(item[4]))
+    return {**made, "max_steps": config.max_steps}
 
 
 @cache
