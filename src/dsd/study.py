@@ -598,11 +598,15 @@ def _learn(
     try:
         matcher.fit(few, config=fitting, prompt=lesson.prompt, checkpoint=checkpoint, resume=True)
         seconds = time.process_time() - start
-        result = evaluate(matcher, examples)
         assert matcher.adapter is not None
+        measured = matcher
+        if lesson.score == "denoising" and not matcher.adapter.training["kept"]:
+            # passes for which nothing was learned are the zero-shot score's
+            measured = Matcher(_backbone(), ScoreConfig("denoising", FEW))
+        result = evaluate(measured, examples)
         if seed == 0:  # pages show what it sees
             matcher.adapter.save(_adapter_path(folder, task, level, method, shots))
-        training, passes = matcher.adapter.training, matcher.score_config.passes
+        training, passes = matcher.adapter.training, measured.score_config.passes
     finally:
         matcher.forget()
     checkpoint.unlink(missing_ok=True)
