@@ -759,7 +759,7 @@ def test_learning_makes_an_adapter(dsd: Command, lesson: Path, image: Path, tmp_
     assert (found["examples"], found["validation_examples"], found["turns"]) == (4, 4, 3)
     assert {"before", "after", "low", "high"} == set(found["validation"])
     assert (found["config"]["steps"], found["config"]["objective"], found["config"]["seed"]) == (2, "hinge", 2)
-    assert [p["step"] for p in found["curve"]] == [0, 2]
+    assert [p["step"] for p in found["curve"]] == [0, 1, 2]
     assert list(out.parent.iterdir()) == [out]
     scored = dsd.json("score", image, "--text", "cat", "--adapter", out)
     assert scored["score"] == {"kind": "attention", "timesteps": [300], "seed": 2}

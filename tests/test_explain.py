@@ -115,7 +115,7 @@ def test_explanation_of_other_sizes(pipe: Pipe) -> None:
 def test_start_end_and_padding_are_left_out(matcher: Matcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up attention: nearly all of it on the start, and of the rest, "dog" left and "cat" right."""
 
-    def record(self: Any, parts: dict[str, torch.Tensor]) -> probe.LayerRecord:
+    def record(self: Any, parts: dict[str, torch.Tensor], *_: Any) -> probe.LayerRecord:
         side = round(parts["query"].shape[2] ** 0.5)
         tokens = parts["text key"].shape[2]
         maps = torch.full((1, side, side, tokens), 1e-4)

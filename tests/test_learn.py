@@ -220,7 +220,10 @@ def test_two_processes_learn_what_one_does(pipe: Pipe, tmp_path: Path) -> None:
     assert two["kept"]
     assert gap(first, second) < 1e-4
     assert [p["loss"] for p in one["curve"]] == pytest.approx([p["loss"] for p in two["curve"]], abs=1e-4)
-    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 3 * 20
+    runs = [json.loads(line)["run"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [runs.count(k) for k in (1, 2)] == [20, 20]
+    # and then all examples, for as long as was best for those held out
+    assert runs.count(3) == max(two["curve"], key=lambda p: (p["accuracy"], -p["loss"]))["step"]
     assert not list(tmp_path.glob("*.checkpoint"))
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dsd.contracts import ModelError, OptionError
+from dsd.fused import Overheard
 
 Direction = Literal["image", "text"]
 """Who asks: image positions what text they attend to, or the caption's tokens where in the image they are."""
@@ -328,6 +329,7 @@ class Probe:
         self._heads = slice(None) if heads is None else list(heads)
         self._heard: dict[str, dict[str, Any]] = {}
         self._records: dict[str, LayerRecord] = {}
+        self._overheard: Overheard | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -354,11 +356,19 @@ class Probe:
         return isinstance(error, _Stop)
 
     def _release(self) -> None:
+        self._end_overhearing()
         while self._handles:
             self._handles.pop().remove()
 
+    def _end_overhearing(self) -> None:
+        if self._overheard is not None:
+            self._overheard.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._overheard = None
+
     def _listen(self, name: str, layer: Any) -> None:
         heard: dict[str, Any] = {}
+        # in cross-attention the layer's own kernel has the sums over all tokens at hand
+        overhears = self._over == "all" and self._direction == "image" and _make(layer) == "cross"
 
         def keep(what: str) -> Any:
             def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
@@ -368,8 +378,14 @@ class Probe:
 
         def begin(_module: nn.Module, _inputs: Any, named: Mapping[str, Any]) -> None:
             heard["rotary"] = named.get("image_rotary_emb")
+            if overhears and not torch.is_grad_enabled():
+                self._overheard = Overheard()
+                self._overheard.__enter__()  # type: ignore[no-untyped-call]
 
         def finish(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+            if self._overheard is not None:
+                heard["sums"] = self._overheard.sums
+                self._end_overhearing()
             self._heard[name] = dict(heard)
             heard.clear()
             # With gradients, hooks must compute nothing: under gradient checkpointing the layer runs again in the
@@ -422,18 +438,20 @@ class Probe:
                     rows = slice(tokens) if what.startswith("text") else slice(tokens, None)
                     parts[what] = apply_rotary_emb(part, (cosines[rows], sines[rows]))
             scale = layer.scale if isinstance(layer, Attention) else layer.head_dim**-0.5
-            record = self._of_image if self._direction == "image" else self._of_text
-            self._records[name] = record(
-                {w: part * scale if w.endswith("query") else part for w, part in parts.items()}
-            )
+            parts = {w: part * scale if w.endswith("query") else part for w, part in parts.items()}
+            if self._direction == "text":
+                self._records[name] = self._of_text(parts)
+            else:
+                self._records[name] = self._of_image(parts, heard.get("sums"))
 
-    def _of_image(self, parts: Mapping[str, Tensor]) -> LayerRecord:
+    def _of_image(self, parts: Mapping[str, Tensor], sums: Float[Tensor, "n heads queries"] | None) -> LayerRecord:
         query, key = parts["query"], parts["text key"]
         maps = None
         if self._maps:
             maps = self._seen(query @ key.transpose(-1, -2))[:, self._heads].softmax(-1).mean(1)
         own = self._own
-        if self._over == "own":  # tokens that are no row's own are in no sum
+        alone = self._over == "own" or sums is not None
+        if alone:  # tokens that are no row's own are in no sum
             kept = own.any(0)
             kept[0] |= ~kept.any()
             key, own = key[:, :, kept], own[:, kept]
@@ -441,13 +459,16 @@ class Probe:
 
         def pool(key: Tensor, query: Tensor) -> Tensor:
             logits = query @ key.transpose(-1, -2)
-            if self._over == "own":
+            if alone:
                 return logits.masked_fill(others, float("-inf")).logsumexp(-1).sum(-1)[None]
             logits = self._seen(logits)
             own = logits.masked_fill(others, float("-inf"))
             return torch.stack([own.logsumexp(-1).sum(-1), logits.logsumexp(-1).sum(-1)])
 
-        return self._record(self._in_slices(pool, key, query) / query.shape[2], maps)
+        found = self._in_slices(pool, 1 if alone else 2, key, query) / query.shape[2]
+        if sums is not None:
+            found = torch.cat([found, sums.mean(-1)[None]])
+        return self._record(found, maps)
 
     def _of_text(self, parts: Mapping[str, Tensor]) -> LayerRecord:
         query, positions = parts["text query"], parts["key"].shape[2]
@@ -465,7 +486,7 @@ class Probe:
         maps = None
         if self._maps:
             maps = (query @ parts["key"].transpose(-1, -2))[:, self._heads].softmax(-1).mean(1).transpose(1, 2)
-        return self._record(self._in_slices(pool, keys, query, share), maps)
+        return self._record(self._in_slices(pool, 1 if self._over == "own" else 2, keys, query, share), maps)
 
     def _record(self, sums: Tensor, maps: Tensor | None) -> LayerRecord:
         """(1 or 2, n, heads) => a record."""
@@ -478,13 +499,14 @@ class Probe:
         away = torch.nn.functional.pad(~self._mask, (logits.shape[-1] - self._mask.shape[1], 0))
         return logits.masked_fill(away[:, None, None], float("-inf"))
 
-    def _in_slices(self, pool: Callable[..., Tensor], key: Tensor, query: Tensor, *along: Tensor) -> Tensor:
-        """The sum of ``pool(key, query, *along)`` over slices of the queries, and of what goes along with them."""
+    def _in_slices(self, pool: Callable[..., Tensor], count: int, key: Tensor, query: Tensor, *along: Tensor) -> Tensor:
+        """The sum of ``pool(key, query, *along)``, ``count`` numbers a head, over slices of the queries, and of what
+        goes along with them."""
         n, heads, length = query.shape[:3]
         size = max(1, self.SLICE // max(1, n * heads * key.shape[2]))
         if length <= size:
             return pool(key, query, *along)
-        total = query.new_zeros(1 if self._over == "own" else 2, n, heads)
+        total = query.new_zeros(count, n, heads)
         for part in zip(*(x.split(size, 2) for x in (query, *along)), strict=True):
             if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
                 total = total + checkpoint(pool, key, *part, use_reentrant=False)
