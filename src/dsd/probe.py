@@ -12,10 +12,11 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -58,6 +59,10 @@ class LayerRecord:
     maps: Float[Tensor, "n positions tokens"] | None
 
 
+_MAKES = ("cross", "joint", "single")
+"""Those in which the image attends to the text."""
+
+
 def _make(module: nn.Module) -> Literal["cross", "joint", "single", "self"] | None:
     """How a module attends; None if it does not."""
     if isinstance(module, FluxAttention):
@@ -75,15 +80,31 @@ def cross_attention_layers(denoiser: nn.Module) -> dict[str, Any]:
     Raises:
         ModelError: If there are none.
     """
-    found = {n: m for n, m in denoiser.named_modules() if _make(m) in ("cross", "joint", "single")}
+    found = _to_text(denoiser)
     if not found:
         raise ModelError(
             f"got a {type(denoiser).__name__} without cross-attention to text (it attends to the image alone, and is "
             "told what to draw in another way, so no attention can say how well a caption fits), expected a "
             "text-to-image denoiser; the denoising score needs none, so use --score denoising"
         )
+    return found
+
+
+_NAMES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
+"""Of networks that were looked through once, the names of layers that attend to text: a pass must not wait for that."""
+
+
+def _to_text(denoiser: nn.Module) -> dict[str, Any]:
+    """As :func:`cross_attention_layers`; nothing if there are none."""
+    with suppress(AttributeError, KeyError):  # unknown, or rebuilt since
+        found = {name: denoiser.get_submodule(name) for name in _NAMES[denoiser]}
+        if found and all(_make(module) in _MAKES for module in found.values()):
+            return found
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    return dict(sorted(found.items(), key=lambda item: order.get(item[0].split(".")[0], 0)))
+    names = [name for name, module in denoiser.named_modules() if _make(module) in _MAKES]
+    names.sort(key=lambda name: order.get(name.split(".")[0], 0))
+    _NAMES[denoiser] = tuple(names)
+    return {name: denoiser.get_submodule(name) for name in names}
 
 
 def unheard(denoiser: nn.Module) -> list[nn.Module]:
@@ -91,7 +112,7 @@ def unheard(denoiser: nn.Module) -> list[nn.Module]:
 
     A compiled part is compiled anew whenever a listener comes or goes within it.
     """
-    heard = {n for n, module in denoiser.named_modules() if _make(module) not in (None, "self")}
+    heard = set(_to_text(denoiser))
     found: list[nn.Module] = []
 
     def look(name: str, module: nn.Module) -> None:
@@ -211,9 +232,11 @@ def check_direction(denoiser: nn.Module, layers: Sequence[str], direction: Direc
     """
     if direction not in get_args(Direction):
         raise OptionError(f"got direction {direction!r}, expected one of {', '.join(get_args(Direction))}")
+    if direction == "image":
+        return
     known = cross_attention_layers(denoiser)
     without = [name for name in layers if _make(known[name]) == "cross"]
-    if direction == "text" and without:
+    if without:
         raise OptionError(
             f"got direction 'text' with layer {without[0]}, expected joint attention, as in SD 3 and FLUX: in "
             "cross-attention the text asks nothing; use direction 'image'"
@@ -246,8 +269,7 @@ def text_once(denoiser: nn.Module, captions: Sequence[int]) -> Iterator[None]:
         return output[place]
 
     try:
-        layers: list[Any] = [m for m in denoiser.modules() if _make(m) == "cross"]
-        for layer in layers:
+        for layer in [m for m in _to_text(denoiser).values() if _make(m) == "cross"]:
             for module in (layer.to_kv,) if layer.fused_projections else (layer.to_k, layer.to_v):
                 handles.append(module.register_forward_pre_hook(few))
                 handles.append(module.register_forward_hook(every))
@@ -322,7 +344,7 @@ class Probe:
         self._maps = maps
         self._over = over
         self._stop = stop
-        self._checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in denoiser.modules())
+        self._denoiser = denoiser
         few = min((layer.heads for layer in self._layers.values()), default=1)
         if heads is not None and not all(0 <= h < few for h in heads):
             raise OptionError(f"got heads {list(heads)}, expected some of 0 to {few - 1}, which every chosen layer has")
@@ -360,6 +382,10 @@ class Probe:
         while self._handles:
             self._handles.pop().remove()
 
+    def _checkpointed(self) -> bool:
+        """Whether parts of the pass are computed again in the backward pass."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self._denoiser.modules())
+
     def _end_overhearing(self) -> None:
         if self._overheard is not None:
             self._overheard.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -395,7 +421,7 @@ class Probe:
                 if self._stop and len(self._records) == len(self._layers):
                     raise _Stop
             # what a checkpointed region is to compute again, it must have computed to its end
-            elif self._stop and len(self._heard) == len(self._layers) and not self._checkpointed:
+            elif self._stop and len(self._heard) == len(self._layers) and not self._checkpointed():
                 raise _Stop
 
         self._handles.append(layer.register_forward_pre_hook(begin, with_kwargs=True))
@@ -455,15 +481,16 @@ class Probe:
             kept = own.any(0)
             kept[0] |= ~kept.any()
             key, own = key[:, :, kept], own[:, kept]
-        others = ~own[:, None, None]
+        others = ~own[:, None, :, None]
+        away = None if alone or self._mask is None else ~self._mask[:, None, :, None]
 
         def pool(key: Tensor, query: Tensor) -> Tensor:
-            logits = query @ key.transpose(-1, -2)
-            if alone:
-                return logits.masked_fill(others, float("-inf")).logsumexp(-1).sum(-1)[None]
-            logits = self._seen(logits)
-            own = logits.masked_fill(others, float("-inf"))
-            return torch.stack([own.logsumexp(-1).sum(-1), logits.logsumexp(-1).sum(-1)])
+            # (n, heads, tokens, queries), so that sums over tokens run along whole rows of memory
+            logits = key @ query.transpose(-1, -2)
+            sums = [logits.masked_fill(others, float("-inf")).logsumexp(2)]
+            if not alone:
+                sums.append((logits if away is None else logits.masked_fill(away, float("-inf"))).logsumexp(2))
+            return torch.stack([values.sum(-1) for values in sums])
 
         found = self._in_slices(pool, 1 if alone else 2, key, query) / query.shape[2]
         if sums is not None:
