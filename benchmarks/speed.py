@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -114,13 +115,15 @@ def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
 
 
 def side_by_side(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Medians of runs that take turns, after one of each to warm up."""
+    """Medians of runs that take turns, in another order each time, after one of each to warm up."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
+    order, rng = list(runs), random.Random(0)
     for _ in range(repeats):
-        for name, run in runs.items():
-            found[name].append(seconds(run))
+        rng.shuffle(order)
+        for name in order:
+            found[name].append(seconds(runs[name]))
     return {name: statistics.median(values) for name, values in found.items()}
 
 
@@ -346,7 +349,11 @@ class _Denoising:
         return denoising(caption, empty)[:, None]
 
 
-def ranking(quick: bool, images: int = 50, captions: int = 1000, steps: int = 16) -> dict[str, Any]:
+SEEN = 50
+"""Pictures on which it was set how much more the early rounds of a race get."""
+
+
+def ranking(quick: bool, images: int = 100, captions: int = 1000, steps: int = 16) -> dict[str, Any]:
     if quick:
         images, captions, steps = 2, 20, 4
     folder = Path(tempfile.mkdtemp()) if quick else Path("runs/ranking")
@@ -390,10 +397,12 @@ def ranking(quick: bool, images: int = 50, captions: int = 1000, steps: int = 16
             right.append(standing.order[0] == own)
             cost.append(standing.cost / steps)
         low, high = stats.binomtest(int(sum(same)), len(same)).proportion_ci(method="wilson")
+        fresh = same[SEEN:]
         found["budgets"]["no budget, error 0.01" if full is None else f"{full:g}"] = {
             "full-score equivalents": float(np.mean(cost)),
             "same first": float(np.mean(same)),
             "interval": [float(low), float(high)],
+            "same first, fresh": float(np.mean(fresh)) if fresh else None,
             "right": float(np.mean(right)),
         }
     return found
@@ -404,9 +413,9 @@ def ranking(quick: bool, images: int = 50, captions: int = 1000, steps: int = 16
 
 def overhead(quick: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, backbone, rows in (
-        ("Stable Diffusion's layout", like_stable_diffusion(16 if quick else 4), 4),
-        ("tiny", load_backbone("tiny", device="cpu"), 64),
+    for name, backbone, rows, repeats in (
+        ("Stable Diffusion's layout", like_stable_diffusion(16 if quick else 4), 4, 20),
+        ("tiny", load_backbone("tiny", device="cpu"), 64, 60),
     ):
         z = torch.randn(rows, *backbone.latent_shape(backbone.image_size))
         noise, t = torch.randn_like(z), torch.full((rows,), 389)
@@ -431,7 +440,7 @@ def overhead(quick: bool) -> dict[str, Any]:
 
         took = side_by_side(
             {"bare": bare, "denoising": denoised, "attention": probed("own"), "attention-mass": probed("all")},
-            2 if quick else 15,
+            2 if quick else repeats,
         )
         found[name] = {
             "rows": rows,

@@ -82,6 +82,7 @@ def page(out: Path, values: dict[str, Any]) -> str:
                 "full scores": b["full-score equivalents"],
                 "same first": b["same first"],
                 "interval": "{:.3f} to {:.3f}".format(*b["interval"]),
+                "same first, fresh": b.get("same first, fresh") or "",
                 "right": b["right"],
             }
             for name, b in p["budgets"].items()
@@ -93,7 +94,8 @@ def page(out: Path, values: dict[str, Any]) -> str:
             f"{p['images']} pictures, each against {p['captions']:,} captions; the whole score is the denoising score",
             f"at {p['timesteps']} timesteps, the embedded model in bfloat16. A full score is {p['timesteps']} passes.",
             "`same first`: the race has the first of the whole score, which is the picture's own caption in",
-            f"{p['right by the whole score']:.3f} of the cases.",
+            f"{p['right by the whole score']:.3f} of the cases. `fresh`: of the pictures after the first 50, on which",
+            "it was set how much more the early rounds of a race get.",
             "",
             table(rows, list(rows[0])),
         ]

@@ -464,7 +464,9 @@ class Probe:
                     rows = slice(tokens) if what.startswith("text") else slice(tokens, None)
                     parts[what] = apply_rotary_emb(part, (cosines[rows], sines[rows]))
             scale = layer.scale if isinstance(layer, Attention) else layer.head_dim**-0.5
-            parts = {w: part * scale if w.endswith("query") else part for w, part in parts.items()}
+            # the text is shorter than the image
+            text = "text query" if self._direction == "text" else "text key"
+            parts[text] = parts[text] * scale
             if self._direction == "text":
                 self._records[name] = self._of_text(parts)
             else:
@@ -487,6 +489,8 @@ class Probe:
         def pool(key: Tensor, query: Tensor) -> Tensor:
             # (n, heads, tokens, queries), so that sums over tokens run along whole rows of memory
             logits = key @ query.transpose(-1, -2)
+            if alone and not logits.requires_grad:
+                return logits.masked_fill_(others, float("-inf")).logsumexp(2).sum(-1)[None]
             sums = [logits.masked_fill(others, float("-inf")).logsumexp(2)]
             if not alone:
                 sums.append((logits if away is None else logits.masked_fill(away, float("-inf"))).logsumexp(2))
