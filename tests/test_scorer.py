@@ -379,7 +379,7 @@ def test_change_of_score_keeps_what_is_encoded(
 def test_a_denoiser_that_is_compiled_whole_gives_the_same(pipe: Pipe, tables: dict[str, np.ndarray]) -> None:
     compiled = load_backbone(pipe())
     compiled.denoiser.compile(backend="eager")
-    for kind in ("attention", "denoising"):
+    for kind in ("attention-mass", "denoising"):
         found = Scorer(compiled, CONFIGS[kind]).predict([(IMAGES[0], TEXTS[0]), (IMAGES[1], TEXTS[1])])
         assert found == pytest.approx([tables[kind][0, 0], tables[kind][1, 1]], abs=1e-5)
 

@@ -404,7 +404,7 @@ class Probe:
 
         def begin(_module: nn.Module, _inputs: Any, named: Mapping[str, Any]) -> None:
             heard["rotary"] = named.get("image_rotary_emb")
-            if overhears and not torch.is_grad_enabled():
+            if overhears and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 self._overheard = Overheard()
                 self._overheard.__enter__()  # type: ignore[no-untyped-call]
 
