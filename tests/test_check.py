@@ -295,9 +295,10 @@ def test_options_reach_the_loader(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "unet=0,vae=cpu",
     ]
     argv += ["--quantize-text-encoder", "4bit", "--variant", "fp16", "--revision", "v2", "--config", "sd15"]
-    assert run(capsys, *argv, "--allow-pickle")[0] == 2
+    assert run(capsys, *argv, "--channels-last", "--allow-pickle")[0] == 2
     assert given == {
         "model": "m",
+        "channels_last": True,
         "device": None,
         "dtype": torch.bfloat16,
         "device_map": {"unet": 0, "vae": "cpu"},

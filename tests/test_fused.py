@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from dsd import fused
 from dsd.backbone import Backbone, load_backbone
@@ -114,6 +115,25 @@ def test_records_are_the_same_with_and_without(monkeypatch: pytest.MonkeyPatch, 
     for name in layers:
         assert torch.allclose(heard[name].own, plain[name].own, atol=1e-5)
         assert torch.allclose(heard[name].all, plain[name].all, atol=1e-5)
+
+
+@torch.no_grad()
+def test_other_modes_hear_of_it_once() -> None:
+    class Listen(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heard = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.heard += func in (fused.attend, F.scaled_dot_product_attention)
+            return func(*args, **(kwargs or {}))
+
+    q, k, v = drawn(torch.float32, 5, 7, 7)
+    for mask in (None, torch.ones(5, 7, dtype=torch.bool)):  # by the kernel, and left to PyTorch
+        with Listen() as listen, Overheard() as heard:
+            F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        assert listen.heard == 1
+        assert (heard.sums is None) == (mask is not None)
 
 
 @torch.no_grad()

@@ -15,10 +15,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from dsd.backbone import Backbone, TextStates, cards
 from dsd.contracts import ModelError, TextError
+from dsd.fused import attend
 from dsd.probe import LayerRecord, Probe, cross_attention_layers
 from dsd.scores import over_all
 
@@ -229,7 +231,7 @@ def _heard(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[tuple[Ten
     class Listen(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             named = kwargs or {}
-            if within and getattr(func, "__name__", "") == "scaled_dot_product_attention":
+            if within and func in (scaled_dot_product_attention, attend):
                 query, key = (args[i] if len(args) > i else named[n] for i, n in enumerate(("query", "key")))
                 scale = named.get("scale")
                 heard[within[-1]].append((query, key, query.shape[-1] ** -0.5 if scale is None else float(scale)))

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float | None], tuple[Tensor, Tensor]]
 """Queries, keys, values (n, heads, length, d), what is added to logits, their scale => output, log-sum-exps."""
@@ -84,15 +84,17 @@ class Overheard(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            made = _attend(*args, **kwargs)
-            self.sums = None if made is None else made[1].float()
-            if made is not None:
-                return made[0]
-        return func(*args, **kwargs)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.sums = None
+        if _kernel_for(*args, **kwargs) is None:
+            return func(*args, **kwargs)
+        out, sums = attend(*args, **kwargs)
+        self.sums = sums.float()
+        return out
 
 
-def _attend(
+def _kernel_for(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -101,11 +103,34 @@ def _attend(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor] | None:
-    """Attention with its log-sum-exps; None where it must be left to PyTorch."""
+) -> Kernel | None:
+    """A kernel for these arguments of PyTorch's fused attention; None where it must be left to PyTorch."""
     if dropout_p or is_causal or enable_gqa or query.ndim != 4 or torch.is_grad_enabled():
         return None
     if not query.dtype == key.dtype == value.dtype or (attn_mask is not None and attn_mask.dtype != query.dtype):
         return None
-    kernel = kernel_of(query.device.type, query.dtype, attn_mask is not None)
-    return None if kernel is None else kernel(query, key, value, attn_mask, scale)
+    return kernel_of(query.device.type, query.dtype, attn_mask is not None)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, Tensor]:
+    """Fused attention with its log-sum-exps, where there is a kernel.
+
+    Other modes hear of it, as they would of PyTorch's own.
+    """
+    inputs = (query, key, value)
+    if has_torch_function(inputs):
+        made: tuple[Tensor, Tensor] = handle_torch_function(
+            attend, inputs, *inputs, attn_mask=attn_mask, scale=scale, **rest
+        )
+        return made
+    kernel = _kernel_for(query, key, value, attn_mask, scale=scale, **rest)
+    assert kernel is not None
+    return kernel(query, key, value, attn_mask, scale)
