@@ -79,9 +79,9 @@ def test_a_kernel_that_is_wrong_or_missing_is_not_taken(monkeypatch: pytest.Monk
         raise NotImplementedError
 
     for kernel in (wrong_sums, wrong_output, missing):
-        monkeypatch.setitem(fused._KERNELS, "cpu", kernel)
+        monkeypatch.setitem(fused._KERNELS, ("cpu", False), kernel)
         assert kernel_of.__wrapped__("cpu", torch.float32) is None
-    monkeypatch.setitem(fused._KERNELS, "cpu", right)
+    monkeypatch.setitem(fused._KERNELS, ("cpu", False), right)
     assert kernel_of.__wrapped__("cpu", torch.float32) is right
     assert kernel_of.__wrapped__("meta", torch.float32) is None
 

@@ -28,13 +28,17 @@ def _on_cpu(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float |
 
 
 def _on_cuda(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> tuple[Tensor, Tensor]:
-    if bias is not None:
-        raise NotImplementedError("needs rows that are aligned in memory")
-    out, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True, scale=scale)
+    out, sums, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, scale=scale)
     return out, sums[:, :, : q.shape[2]]  # filled up to a multiple
 
 
-_KERNELS: dict[str, Kernel] = {"cpu": _on_cpu, "cuda": _on_cuda}
+# with something to add, the kernel for CUDA needs rows that are aligned in memory: it is left to PyTorch
+_KERNELS: dict[tuple[str, bool], Kernel] = {
+    ("cpu", False): _on_cpu,
+    ("cpu", True): _on_cpu,
+    ("cuda", False): _on_cuda,
+}
+"""By type of device, and whether something is added to the logits."""
 
 
 @cache
@@ -44,13 +48,13 @@ def kernel_of(device: str, dtype: torch.dtype, biased: bool = False) -> Kernel |
     Args:
         biased: Whether something is to be added to the logits.
     """
-    kernel = _KERNELS.get(device)
+    kernel = _KERNELS.get((device, biased))
     if kernel is None:
         return None
     with torch.no_grad(), torch.autocast(device, enabled=False):
         try:
             return kernel if _agrees(kernel, device, dtype, biased) else None
-        except (AttributeError, NotImplementedError, RuntimeError, TypeError):  # not built, or not for these numbers
+        except (AttributeError, RuntimeError, TypeError):  # not built, or not for these numbers
             return None
 
 

@@ -99,24 +99,26 @@ class Negatives:
 
     def _captions_for(self, i: int, image: int, rng: random.Random) -> list[str]:
         """Of other examples than the ``i``-th, for a picture of it."""
-        count = self._ask(i, self._texts)
-        others = [text for text in self._captions if text not in self._examples[i].texts] if count else []
+        count = self._count(i, self._texts)
+        if not count:
+            return []
+        others = [text for text in self._captions if text not in self._examples[i].texts]
         return rng.sample(others, min(count, len(others)))
 
     def _pictures_for(self, i: int, text: int, rng: random.Random) -> list[tuple[int, int]]:
         """Of other examples than the ``i``-th, for a caption of it."""
-        count = self._ask(i, self._images)
+        count = self._count(i, self._images)
+        if not count:
+            return []
         # not of examples that have this caption, in which it may be right
         caption = self._examples[i].texts[text]
-        apart = (
-            [at for at in self._pictures if at[0] != i and caption not in self._examples[at[0]].texts] if count else []
-        )
+        apart = [at for at in self._pictures if at[0] != i and caption not in self._examples[at[0]].texts]
         return rng.sample(apart, min(count, len(apart)))
 
-    def _ask(self, i: int, count: int | None) -> int:
+    def _count(self, i: int, asked: int | None) -> int:
         """How many of a kind join each right pair of the ``i``-th example."""
-        if count is not None:
-            return count
+        if asked is not None:
+            return asked
         example = self._examples[i]
         images, texts = ({pair[side] for pair in example.positives} for side in (0, 1))
         wrong_text = any((k, j) not in example.positives for k in images for j in range(len(example.texts)))

@@ -16,7 +16,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -90,21 +89,24 @@ def cross_attention_layers(denoiser: nn.Module) -> dict[str, Any]:
     return found
 
 
-_NAMES: WeakKeyDictionary[nn.Module, tuple[str, ...]] = WeakKeyDictionary()
-"""Of networks that were looked through once, the names of layers that attend to text: a pass must not wait for that."""
-
-
 def _to_text(denoiser: nn.Module) -> dict[str, Any]:
     """As :func:`cross_attention_layers`; nothing if there are none."""
-    with suppress(AttributeError, KeyError):  # unknown, or rebuilt since
-        found = {name: denoiser.get_submodule(name) for name in _NAMES[denoiser]}
-        if found and all(_make(module) in _MAKES for module in found.values()):
-            return found
+    found = {name: module for name, module in denoiser.named_modules() if _make(module) in _MAKES}
     order = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
-    names = [name for name, module in denoiser.named_modules() if _make(module) in _MAKES]
-    names.sort(key=lambda name: order.get(name.split(".")[0], 0))
-    _NAMES[denoiser] = tuple(names)
-    return {name: denoiser.get_submodule(name) for name in names}
+    return dict(sorted(found.items(), key=lambda item: order.get(item[0].split(".")[0], 0)))
+
+
+def _by_name(denoiser: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """Of these names the layers, without looking through the whole network, for every pass asks for them."""
+    found: dict[str, Any] = {}
+    with suppress(AttributeError):
+        found = {name: denoiser.get_submodule(name) for name in names}
+    if not found or any(_make(module) not in _MAKES for module in found.values()):
+        known = cross_attention_layers(denoiser)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise OptionError(f"got layers {unknown}, expected some of {list(known)}")
+    return found
 
 
 def unheard(denoiser: nn.Module) -> list[nn.Module]:
@@ -332,12 +334,8 @@ class Probe:
         over: Over = "all",
         stop: bool = False,
     ) -> None:
-        known = cross_attention_layers(denoiser)
-        unknown = [name for name in layers if name not in known]
-        if unknown:
-            raise OptionError(f"got layers {unknown}, expected some of {list(known)}")
+        self._layers = _by_name(denoiser, layers)
         check_direction(denoiser, layers, direction)
-        self._layers = {name: known[name] for name in layers}
         self._own = own
         self._mask = mask
         self._direction = direction

@@ -498,20 +498,20 @@ class Scorer:
             def run(count: int, items: list[tuple[int, int, int | None]] = items) -> None:
                 nonlocal done
                 part = items[done : done + count]
-                step = torch.tensor([s for _, s, _ in part], device=latents.device)
-                said = ["" if i is None else pairs[i][1] for _, _, i in part]
-                first = {text: i for text, (_, _, i) in zip(reversed(said), reversed(part), strict=True)}
+                filled = part if not self.backbone.compiled else [*part, *[part[-1]] * self._lacking(len(part))]
+                step = torch.tensor([s for _, s, _ in filled], device=latents.device)
+                said = ["" if i is None else pairs[i][1] for _, _, i in filled]
+                first = {text: i for text, (_, _, i) in zip(reversed(said), reversed(filled), strict=True)}
                 number = {text: k for k, text in enumerate(first)}
-                filled = self._filled(len(part))
                 made = noised_pass(
                     self.backbone,
-                    latents[[part[k][0] for k in filled]],
-                    noise[step[filled]],
-                    timesteps[step[filled]],
+                    latents[[image for image, _, _ in filled]],
+                    noise[step],
+                    timesteps[step],
                     TextStates.join([nothing if i is None else texts[i] for i in first.values()]),
                     layers,
                     what.direction,
-                    captions=[number[said[k]] for k in filled],
+                    captions=[number[text] for text in said],
                     over=what.over,
                     predict=what.sees_noise,
                 )
@@ -528,7 +528,7 @@ class Scorer:
                     made = made.rows(range(under, len(part)))
                 take(
                     [i for _, i in rest],
-                    step[under:],
+                    step[under : len(part)],
                     made.only(what.layers),
                     blanks[0].rows([place for place, _ in rest]) if blanks else None,
                 )
@@ -537,12 +537,9 @@ class Scorer:
             while done < len(items):
                 self._fit_memory(run)
 
-    def _filled(self, rows: int) -> list[int]:
-        """Places of the rows of a batch; for a compiled denoiser filled up, so that it sees few shapes."""
-        if not self.backbone.compiled:
-            return list(range(rows))
-        size = min(max(self.batch_size, rows), 1 << (rows - 1).bit_length())
-        return [*range(rows), *[rows - 1] * (size - rows)]
+    def _lacking(self, rows: int) -> int:
+        """Rows to add to a batch for a compiled denoiser, which is to see few shapes: up to a power of two."""
+        return int(min(max(self.batch_size, rows), 1 << (rows - 1).bit_length())) - rows
 
     def _fit_memory(self, run: Callable[[int], None]) -> None:
         """Runs one batch, with half the rows for as long as memory runs out."""

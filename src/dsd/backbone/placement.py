@@ -35,7 +35,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
     try:
         found = torch.device(device)
         torch.zeros(1, device=found).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise OptionError(f"got device {str(device)!r} ({line}), expected one that is there, such as cpu") from None
     return found
