@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from dsd.adapt import fit
 from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
 from dsd.contracts import AdapterError, Example, OptionError
-from dsd.learn import FitConfig, Learner, choice_loss, importance
+from dsd.learn import HEEDED_BY_WEIGHTS, FitConfig, Learner, choice_loss, importance
 from dsd.lesson import choices_of, folds
 from dsd.matcher import Matcher
 from dsd.metrics import expected_calibration_error, wins
@@ -317,6 +317,33 @@ def test_weights_are_learned_on_a_toy(pipe: Pipe, taught: tuple[Scorer, Adapter]
     json.dumps(training, allow_nan=False)
     fresh = toy(40, 2)
     assert accuracy(made, fresh) > 0.9 > accuracy(Scorer(load_backbone(pipe()), DENOISING), fresh)
+
+
+def test_nothing_else_is_heeded(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:
+    """A study keeps a lesson for as long as what it heeds is the same."""
+    changes: dict[str, Any] = {
+        "objective": "hinge",
+        "margin": 0.2,
+        "temperature": 2.0,
+        "steps": 3,
+        "batch": 2,
+        "learning_rate": 1.0,
+        "weight_decay": 0.5,
+        "validation": 0.5,
+        "check_every": 1,
+        "patience": 1,
+        "candidates": 2,
+        "jitter": 0,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "mix": (),
+    }
+    assert changes.keys() | set(HEEDED_BY_WEIGHTS) == {f.name for f in fields(FitConfig)}
+    made = Scorer(load_backbone(pipe()), DENOISING)
+    found = fit(made, toy(40, 0), config=replace(WEIGHTS, **changes))
+    assert found.weights is not None
+    assert taught[1].weights is not None
+    assert torch.equal(found.weights, taught[1].weights)
 
 
 def test_zero_shot_is_kept_where_labels_have_no_rule(pipe: Pipe) -> None:
