@@ -145,6 +145,35 @@ def test_zero_shot_score_is_kept_unless_learning_is_better(pipe: Pipe, monkeypat
     assert np.array_equal(made.predict(toy(1, 0)[0].pairs), plain)
 
 
+@pytest.mark.parametrize(("dear", "kept"), [(0.1, False), (0.7, True)])
+def test_a_lesson_is_worth_its_passes(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, dear: float, kept: bool) -> None:
+    """What is learned beside the zero-shot score takes further passes, in which that might have done better."""
+    seen: list[ScoreConfig] = []
+
+    def loss(scorer: Scorer) -> float:
+        seen.append(scorer.score.config)
+        if scorer.score.config.kind != "denoising":
+            return 0.5  # and an eighth of the zero-shot score's, which is the least that is added
+        return dear if len(scorer.score.config.timesteps) > 3 else 0.9
+
+    looks_as(monkeypatch, loss)
+    made = scorer(pipe, ScoreConfig("denoising", (20, 60, 100)))
+    adapter = fit(made, toy(4, 0), toy(2, 1), config=replace(QUICK, steps=4), prompt=PROMPT)
+    assert adapter.training["kept"] == kept
+    assert [s.timesteps for s in seen if s.kind == "denoising"] == [(20, 60, 100), (20, 60, 100, 20, 100)]
+    assert made.score.config.passes == (5 if kept else 3)
+
+
+def test_given_noise_has_no_further_passes(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks_as(monkeypatch, lambda scorer: 0.9 if scorer.score.config.kind == "denoising" else 0.5)
+    backbone = load_backbone(pipe())
+    noise = np.random.default_rng(0).standard_normal((2, *backbone.latent_shape(backbone.image_size)))
+    made = Scorer(backbone, ScoreConfig("denoising", (20, 100)), noise=noise)
+    adapter = fit(made, toy(4, 0), toy(2, 1), config=replace(QUICK, steps=4), prompt=PROMPT)
+    assert adapter.training["kept"]
+    assert adapter.training["validation"]["as_dear"] == adapter.training["validation"]["before"]
+
+
 def test_learning_stops_when_patience_runs_out(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = iter([0.9, 0.5, 0.6, 0.7, 0.1])
     looks_as(monkeypatch, lambda _: next(losses))

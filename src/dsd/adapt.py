@@ -11,7 +11,8 @@
   model as it was taught.
 
 No examples to stop by need be given: all are held out by turns, which says at which step to stop, how probable a score
-makes a match, and whether learning is clearly better than the score it starts from; that is kept if not.
+makes a match, and whether learning is clearly better than the score it starts from, and no worse than that in as many
+passes as what was learned takes; the score is kept as it was if not.
 """
 
 from __future__ import annotations
@@ -284,7 +285,9 @@ class _Gradient:
             scores = [s for s, _ in joined]
             judged = [jury.judge(s) for s in scores]
             best = max(range(looks), key=lambda i: judged[i].rank)
-            if not judged[best].beats(judged[0]):
+            firsts = [t.scores[0] if t.as_dear is None else t.as_dear for t in trails[: len(turns)]]
+            as_dear = jury.judge(torch.cat(firsts).numpy())
+            if not (judged[best].beats(judged[0]) and judged[best].matches(as_dear)):
                 best = 0
             learned: dict[str, Tensor] = dict(trails[0].learned[best])
             if best and len(turns) > 1:  # all examples teach, for as long as was best for those held out
@@ -295,6 +298,9 @@ class _Gradient:
             for turn, trail in zip(turns, trails, strict=False)
         ]
         taught_on, judged_on = (examples, examples) if len(turns) > 1 else (turns[0].examples, held_out)
+        figures = _figures(judged[0].accuracy, judged[best].accuracy, self.config.seed)
+        if self.apart:
+            figures["as_dear"] = float(as_dear.accuracy.mean())
         training = {
             "config": asdict(self.config),
             "examples": len(taught_on),
@@ -302,7 +308,7 @@ class _Gradient:
             "turns": len(turns),
             "data": {"examples": dataset_checksum(taught_on), "validation": dataset_checksum(judged_on)},
             "kept": best > 0,
-            "validation": _figures(judged[0].accuracy, judged[best].accuracy, self.config.seed),
+            "validation": figures,
             "calibration": jury.calibration(scores[best], judged[best].scale),
             "curve": [_point(trails[: len(turns)], i, judged[i]) for i in range(looks)],
         }
@@ -328,6 +334,9 @@ class _Gradient:
             trails.append(Trail())
             if turn.held_out:  # as they fare before learning
                 trails[k].add(0, None, held_out_scores(scorer, Jury(turn.held_out), self.team), {})
+                if self.apart and not scorer.noise_was_given:
+                    scorer.use(replace(self.zero, timesteps=self.zero.timesteps + self.start.timesteps))
+                    trails[k].as_dear = held_out_scores(scorer, Jury(turn.held_out), self.team)
         if self.prompt is not None:
             prompts.attach(denoiser, self.prompt, config.seed)
         try:

@@ -40,6 +40,10 @@ class Judged:
         """
         return float(self.accuracy.mean()), -float(self.loss.mean())
 
+    def matches(self, other: Judged) -> bool:
+        """Whether it is no worse, in accuracy and in loss."""
+        return bool(self.accuracy.mean() >= other.accuracy.mean() and self.loss.mean() <= other.loss.mean())
+
     def beats(self, before: Judged) -> bool:
         """Whether it is better beyond doubt: accuracy or loss, by two standard errors, and accuracy no worse.
 

@@ -549,12 +549,14 @@ class Trail:
         losses: Mean training loss since the look before; None at the first.
         scores: (pairs,) of all pairs of the held-out examples.
         learned: What had been learned (:meth:`Learner.learned`).
+        as_dear: (pairs,) zero-shot scores in as many passes as what is learned takes; None where that takes no more.
     """
 
     steps: list[int] = field(default_factory=list)
     losses: list[float | None] = field(default_factory=list)
     scores: list[Tensor] = field(default_factory=list)
     learned: list[dict[str, Tensor]] = field(default_factory=list)
+    as_dear: Tensor | None = None
 
     def add(self, step: int, loss: float | None, scores: Tensor, learned: dict[str, Tensor]) -> None:
         self.steps.append(step)

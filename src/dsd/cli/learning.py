@@ -95,14 +95,15 @@ def _fit(a: argparse.Namespace) -> None:
     if a.format == "json":
         print_json({"adapter": str(out), **training})
         return
-    before, after = training["validation"]["before"], training["validation"]["after"]
+    figures = training["validation"]
+    rows = [("zero-shot", figures["before"]), ("learned", figures["after"])]
+    if "as_dear" in figures:
+        rows.insert(1, ("zero-shot, in as many passes as learned", figures["as_dear"]))
     judges = (
         "on the same, held out by turns" if training["turns"] > 1 else f"on {training['validation_examples']} others"
     )
     say(f"{out}: learned from {training['examples']} examples; {judges}:")
-    print_table(
-        [{"": "zero-shot", "accuracy": f"{before:.3f}"}, {"": "learned", "accuracy": f"{after:.3f}"}], ("", "accuracy")
-    )
+    print_table([{"": name, "accuracy": f"{value:.3f}"} for name, value in rows], ("", "accuracy"))
     if not training["kept"]:
         print("Learning was not clearly better than the zero-shot score there, so the zero-shot score was kept.")
 
