@@ -21,7 +21,7 @@ def looks_as(patch: pytest.MonkeyPatch, value: Callable[[Scorer], float]) -> Non
     def scores(scorer: Scorer, jury: Jury, _team: Team) -> Tensor:
         return torch.full((len(jury.pairs),), value(scorer), dtype=torch.float64)
 
-    def judge(self: Jury, scores: np.ndarray) -> Judged:
+    def judge(self: Jury, scores: np.ndarray, _scale: float | None = None) -> Judged:
         return Judged(np.ones(len(self.examples)), scores[0] + 0.01 * np.arange(len(self.examples)), 1 + scores[0])
 
     for module in (adapt, learn):

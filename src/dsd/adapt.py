@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,6 +53,9 @@ __all__ = ["FitConfig", "fit"]
 
 _RATIOS = tuple(np.geomspace(1 / 8, 8, 13))
 """Weights that are tried of a zero-shot score beside what was learned, in units of their spread."""
+
+_PARTS = 5
+"""Of the held-out examples, each judged by what the others chose."""
 
 SOFT_TOKENS = 8
 """How many soft tokens are learned where the configuration of the prompts does not say."""
@@ -231,6 +235,26 @@ class _Gradient:
         weight = min((r * unit for r in _RATIOS), key=lambda w: float(jury.judge(now + w * before).loss.mean()))
         return now + weight * before, weight
 
+    def _all_joined(self, jury: Jury, looks: Sequence[np.ndarray]) -> list[tuple[np.ndarray, float]]:
+        """:meth:`_joined` of every look but the first, which is zero-shot."""
+        return [(looks[0], 0.0), *(self._joined(jury, looks[0], now) for now in looks[1:])]
+
+    def _by_others(self, jury: Jury, looks: Sequence[np.ndarray], as_dear: np.ndarray) -> Float[np.ndarray, "3 pairs"]:
+        """Held-out scores times their scale: zero-shot, zero-shot in as many passes, and learned.
+
+        The look, the weight of the zero-shot score and the scale are chosen for each part of the examples by the
+        others: the best of many looks at a few examples flatters them.
+        """
+        found = np.zeros((3, len(jury.pairs)))
+        for mine, others, theirs in jury.parts(_PARTS):
+            joined = self._all_joined(others, [s[theirs] for s in looks])
+            judged = [others.judge(s) for s, _ in joined]
+            best = max(range(len(looks)), key=lambda i: judged[i].rank)
+            found[0, mine] = judged[0].scale * looks[0][mine]
+            found[1, mine] = others.judge(as_dear[theirs]).scale * as_dear[mine]
+            found[2, mine] = judged[best].scale * (looks[best][mine] + joined[best][1] * looks[0][mine])
+        return found
+
     def _mixed(self, examples: Sequence[Example]) -> ScoreConfig:
         """The score that is taught: further scores count as much as the scorer's own, in units of their spread."""
         terms = self._terms()
@@ -281,13 +305,14 @@ class _Gradient:
                 going = None if k == len(trails) - 1 else going
             looks = min(len(trail.steps) for trail in trails[: len(turns)])
             scores = [torch.cat([t.scores[i] for t in trails[: len(turns)]]).numpy() for i in range(looks)]
-            joined = [(scores[0], 0.0), *(self._joined(jury, scores[0], s) for s in scores[1:])]
-            scores = [s for s, _ in joined]
-            judged = [jury.judge(s) for s in scores]
-            best = max(range(looks), key=lambda i: judged[i].rank)
             firsts = [t.scores[0] if t.as_dear is None else t.as_dear for t in trails[: len(turns)]]
-            as_dear = jury.judge(torch.cat(firsts).numpy())
-            if not (judged[best].beats(judged[0]) and judged[best].matches(as_dear)):
+            before, as_dear, after = self._by_others(jury, scores, torch.cat(firsts).numpy())
+            at_first, at_last = jury.judge(before, 1.0), jury.judge(after, 1.0)
+            rival = jury.judge(as_dear, 1.0)
+            joined = self._all_joined(jury, scores)
+            judged = [jury.judge(s) for s, _ in joined]
+            best = max(range(looks), key=lambda i: judged[i].rank)
+            if not (at_last.beats(at_first) and at_last.matches(rival)):
                 best = 0
             learned: dict[str, Tensor] = dict(trails[0].learned[best])
             if best and len(turns) > 1:  # all examples teach, for as long as was best for those held out
@@ -298,9 +323,9 @@ class _Gradient:
             for turn, trail in zip(turns, trails, strict=False)
         ]
         taught_on, judged_on = (examples, examples) if len(turns) > 1 else (turns[0].examples, held_out)
-        figures = _figures(judged[0].accuracy, judged[best].accuracy, self.config.seed)
+        figures = _figures(at_first.accuracy, (at_last if best else at_first).accuracy, self.config.seed)
         if self.apart:
-            figures["as_dear"] = float(as_dear.accuracy.mean())
+            figures["as_dear"] = float(rival.accuracy.mean())
         training = {
             "config": asdict(self.config),
             "examples": len(taught_on),
@@ -309,7 +334,7 @@ class _Gradient:
             "data": {"examples": dataset_checksum(taught_on), "validation": dataset_checksum(judged_on)},
             "kept": best > 0,
             "validation": figures,
-            "calibration": jury.calibration(scores[best], judged[best].scale),
+            "calibration": jury.calibration(after if best else before, 1.0),
             "curve": [_point(trails[: len(turns)], i, judged[i]) for i in range(looks)],
         }
         return self._adapter(learned, joined[best][1], judged[best].scale, training), parts

@@ -5,17 +5,19 @@ NumPy only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from dsd.contracts import Example
 from dsd.lesson import choices_of
 from dsd.metrics import expected_calibration_error, reliability, wins
 from dsd.weights import Choice, Choices, better
+
+Rows = Int[np.ndarray, " rows"]
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,24 @@ class Jury:
         """How far the scores of candidates lie apart."""
         return float(self._choices.spread(np.asarray(scores, np.float64)))
 
-    def judge(self, scores: Float[np.ndarray, " pairs"]) -> Judged:
+    def judge(self, scores: Float[np.ndarray, " pairs"], scale: float | None = None) -> Judged:
+        """Judges scores, at the scale that suits them best unless it is given."""
         scores = np.asarray(scores, np.float64)
-        scale = self._choices.best_scale(scores)
+        scale = self._choices.best_scale(scores) if scale is None else scale
         return Judged(self.accuracy(scores), self._choices.losses(scale * scores), scale)
+
+    def parts(self, count: int) -> Iterator[tuple[Rows, Jury, Rows]]:
+        """Of each of at most ``count`` parts of the examples: its pairs, a jury of all others, and their pairs.
+
+        One example alone is judged by itself.
+        """
+        numbers = np.arange(len(self.pairs))
+        count = min(count, len(self.examples))
+        for part in range(count):
+            chosen = [i % count != part or count == 1 for i in range(len(self.examples))]
+            others = Jury([e for e, other in zip(self.examples, chosen, strict=True) if other])
+            theirs = np.concatenate([numbers[t] for t, other in zip(self._tables, chosen, strict=True) if other])
+            yield np.concatenate([numbers[t] for t in self._tables[part::count]]), others, theirs
 
     def calibration(self, scores: Float[np.ndarray, " pairs"], scale: float) -> dict[str, Any]:
         """How far probabilities ``softmax(scale * scores)`` can be taken at their word, plain values."""
