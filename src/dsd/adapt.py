@@ -28,7 +28,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,7 +35,7 @@ from dsd import prompts
 from dsd.adapters import Adapter, fingerprint
 from dsd.contracts import Example, OptionError, Pair
 from dsd.evaluate import dataset_checksum
-from dsd.jury import Judged, Jury
+from dsd.jury import Judged, Jury, verdict
 from dsd.learn import WEIGHTS, FitConfig, Learner, Team, Trail, checkpointed, held_out_scores, importance, learn
 from dsd.lesson import Negatives, choices_of, folds, split
 from dsd.metrics import bootstrap_interval
@@ -53,9 +52,6 @@ __all__ = ["FitConfig", "fit"]
 
 _RATIOS = tuple(np.geomspace(1 / 8, 8, 13))
 """Weights that are tried of a zero-shot score beside what was learned, in units of their spread."""
-
-_PARTS = 5
-"""Of the held-out examples, each judged by what the others chose."""
 
 SOFT_TOKENS = 8
 """How many soft tokens are learned where the configuration of the prompts does not say."""
@@ -227,33 +223,13 @@ class _Gradient:
         fewer = slice(None, None, 1 if self.scorer.noise_was_given else 2)
         return replace(self.zero, kind="attention", timesteps=self.zero.timesteps[fewer])
 
-    def _joined(self, jury: Jury, before: np.ndarray, now: np.ndarray) -> tuple[np.ndarray, float]:
-        """Held-out scores of what was learned, with the zero-shot ones added if they are to be, and their weight."""
+    def _weigh(self, jury: Jury, before: np.ndarray, now: np.ndarray) -> float:
+        """The weight of the zero-shot score beside what was learned; 0 where that is not added."""
         if not self.apart:
-            return now, 0.0
+            return 0.0
         unit = jury.spread(now) / jury.spread(before)
-        weight = min((r * unit for r in _RATIOS), key=lambda w: float(jury.judge(now + w * before).loss.mean()))
-        return now + weight * before, weight
-
-    def _all_joined(self, jury: Jury, looks: Sequence[np.ndarray]) -> list[tuple[np.ndarray, float]]:
-        """:meth:`_joined` of every look but the first, which is zero-shot."""
-        return [(looks[0], 0.0), *(self._joined(jury, looks[0], now) for now in looks[1:])]
-
-    def _by_others(self, jury: Jury, looks: Sequence[np.ndarray], as_dear: np.ndarray) -> Float[np.ndarray, "3 pairs"]:
-        """Held-out scores times their scale: zero-shot, zero-shot in as many passes, and learned.
-
-        The look, the weight of the zero-shot score and the scale are chosen for each part of the examples by the
-        others: the best of many looks at a few examples flatters them.
-        """
-        found = np.zeros((3, len(jury.pairs)))
-        for mine, others, theirs in jury.parts(_PARTS):
-            joined = self._all_joined(others, [s[theirs] for s in looks])
-            judged = [others.judge(s) for s, _ in joined]
-            best = max(range(len(looks)), key=lambda i: judged[i].rank)
-            found[0, mine] = judged[0].scale * looks[0][mine]
-            found[1, mine] = others.judge(as_dear[theirs]).scale * as_dear[mine]
-            found[2, mine] = judged[best].scale * (looks[best][mine] + joined[best][1] * looks[0][mine])
-        return found
+        tried = [float(r * unit) for r in _RATIOS]
+        return min(tried, key=lambda w: float(jury.judge(now + w * before).loss.mean()))
 
     def _mixed(self, examples: Sequence[Example]) -> ScoreConfig:
         """The score that is taught: further scores count as much as the scorer's own, in units of their spread."""
@@ -306,14 +282,8 @@ class _Gradient:
             looks = min(len(trail.steps) for trail in trails[: len(turns)])
             scores = [torch.cat([t.scores[i] for t in trails[: len(turns)]]).numpy() for i in range(looks)]
             firsts = [t.scores[0] if t.as_dear is None else t.as_dear for t in trails[: len(turns)]]
-            before, as_dear, after = self._by_others(jury, scores, torch.cat(firsts).numpy())
-            at_first, at_last = jury.judge(before, 1.0), jury.judge(after, 1.0)
-            rival = jury.judge(as_dear, 1.0)
-            joined = self._all_joined(jury, scores)
-            judged = [jury.judge(s) for s, _ in joined]
-            best = max(range(looks), key=lambda i: judged[i].rank)
-            if not (at_last.beats(at_first) and at_last.matches(rival)):
-                best = 0
+            found = verdict(jury, scores, self._weigh, torch.cat(firsts).numpy())
+            best = found.best
             learned: dict[str, Tensor] = dict(trails[0].learned[best])
             if best and len(turns) > 1:  # all examples teach, for as long as was best for those held out
                 learned = self._run(Turn(examples, []), trails[0].steps[best], trails, len(turns), going, request, bar)
@@ -323,9 +293,9 @@ class _Gradient:
             for turn, trail in zip(turns, trails, strict=False)
         ]
         taught_on, judged_on = (examples, examples) if len(turns) > 1 else (turns[0].examples, held_out)
-        figures = _figures(at_first.accuracy, (at_last if best else at_first).accuracy, self.config.seed)
+        figures = _figures(found.before.accuracy, found.after.accuracy, self.config.seed)
         if self.apart:
-            figures["as_dear"] = float(rival.accuracy.mean())
+            figures["as_dear"] = float(found.as_dear.accuracy.mean())
         training = {
             "config": asdict(self.config),
             "examples": len(taught_on),
@@ -334,10 +304,10 @@ class _Gradient:
             "data": {"examples": dataset_checksum(taught_on), "validation": dataset_checksum(judged_on)},
             "kept": best > 0,
             "validation": figures,
-            "calibration": jury.calibration(after if best else before, 1.0),
-            "curve": [_point(trails[: len(turns)], i, judged[i]) for i in range(looks)],
+            "calibration": found.calibration,
+            "curve": [_point(trails[: len(turns)], i, judged) for i, judged in enumerate(found.curve)],
         }
-        return self._adapter(learned, joined[best][1], judged[best].scale, training), parts
+        return self._adapter(learned, found.weight, found.scale, training), parts
 
     def _run(
         self,
@@ -390,10 +360,7 @@ class _Gradient:
             bar.update(learner.done)
             held_out = Jury(turn.held_out)
 
-            def join(before: np.ndarray, now: np.ndarray) -> np.ndarray:
-                return self._joined(held_out, before, now)[0]
-
-            learn(learner, held_out, steps, trails[k], join=join, keep=keep, tick=tick)
+            learn(learner, held_out, steps, trails[k], weigh=self._weigh, keep=keep, tick=tick)
             bar.update(steps - learner.done)
             return learner.learned()
         finally:

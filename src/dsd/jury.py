@@ -5,7 +5,7 @@ NumPy only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,10 @@ class Judged:
         """
         return float(self.accuracy.mean()), -float(self.loss.mean())
 
-    def matches(self, other: Judged) -> bool:
-        """Whether it is no worse, in accuracy and in loss."""
-        return bool(self.accuracy.mean() >= other.accuracy.mean() and self.loss.mean() <= other.loss.mean())
-
     def beats(self, before: Judged) -> bool:
         """Whether it is better beyond doubt: accuracy or loss, by two standard errors, and accuracy no worse.
 
-        One would let a handful of examples do harm: it is the best of many looks, and the scale is fitted to them.
+        One would let a handful of examples do harm.
         """
         if self.accuracy.mean() < before.accuracy.mean():
             return False
@@ -108,3 +104,75 @@ class Jury:
             "bins": [dict(b) for b in reliability(confidence, correct)],
             "held_out": len(self.examples),
         }
+
+
+PARTS = 5
+"""Of the held-out examples, each judged by what the others chose."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What held-out examples say of what was being learned, look by look.
+
+    Attributes:
+        best: The look that is kept: the first, which is zero-shot, unless a later one is clearly better.
+        weight: Of the zero-shot score beside what was learned by then.
+        scale: What the scores of the best look are multiplied by, so that their differences are log-odds.
+        curve: Every look, judged by all examples.
+        before, as_dear, after: Zero-shot, zero-shot in as many passes, and what is kept, honestly judged.
+        calibration: How far probabilities of what is kept can be taken at their word, honestly judged.
+    """
+
+    best: int
+    weight: float
+    scale: float
+    curve: tuple[Judged, ...]
+    before: Judged
+    as_dear: Judged
+    after: Judged
+    calibration: dict[str, Any]
+
+
+def alone(_jury: Jury, _before: np.ndarray, _now: np.ndarray) -> float:
+    """Weighs zero-shot beside what was learned: not at all."""
+    return 0.0
+
+
+def verdict(
+    jury: Jury,
+    looks: Sequence[Float[np.ndarray, " pairs"]],
+    weigh: Callable[[Jury, np.ndarray, np.ndarray], float] = alone,
+    as_dear: Float[np.ndarray, " pairs"] | None = None,
+) -> Verdict:
+    """Chooses a look, and says how good it is.
+
+    The best of many looks at a few examples flatters them. So each part of the examples is judged at the look, with the
+    weight and at the scale that the others chose. What was learned is kept if it is then better than zero-shot beyond
+    doubt (:meth:`Judged.beats`), and ranks no lower than that in as many passes.
+
+    Args:
+        jury: Of the held-out examples.
+        looks: Scores of all their pairs at each look, the first of them zero-shot.
+        weigh: The weight of the zero-shot score, given a jury and the scores of its pairs before and after learning.
+        as_dear: Zero-shot scores in as many passes as what was learned takes; None: these are the first look's.
+    """
+    as_dear = looks[0] if as_dear is None else as_dear
+
+    def choose(jury: Jury, rows: Rows | slice) -> tuple[int, float, list[Judged]]:
+        weights = [0.0, *(weigh(jury, looks[0][rows], now[rows]) for now in looks[1:])]
+        judged = [jury.judge(now[rows] + w * looks[0][rows]) for now, w in zip(looks, weights, strict=True)]
+        best = max(range(len(looks)), key=lambda i: judged[i].rank)
+        return best, weights[best], judged
+
+    scaled = np.zeros((3, len(jury.pairs)))
+    for mine, others, theirs in jury.parts(PARTS):
+        best, weight, judged = choose(others, theirs)
+        scaled[0, mine] = judged[0].scale * looks[0][mine]
+        scaled[1, mine] = others.judge(as_dear[theirs]).scale * as_dear[mine]
+        scaled[2, mine] = judged[best].scale * (looks[best][mine] + weight * looks[0][mine])
+    before, dear, after = (jury.judge(scores, 1.0) for scores in scaled)
+    best, weight, judged = choose(jury, slice(None))
+    if not (best and after.beats(before) and after.rank >= dear.rank):
+        best, weight, after, scaled[2] = 0, 0.0, before, scaled[0]
+    calibration = jury.calibration(scaled[2], 1.0)
+    return Verdict(best, weight, judged[best].scale, tuple(judged), before, dear, after, calibration)

@@ -580,7 +580,7 @@ def learn(
     steps: int,
     trail: Trail,
     *,
-    join: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    weigh: Callable[[Jury, np.ndarray, np.ndarray], float],
     keep: Callable[[], None],
     tick: Callable[[float | None], None],
 ) -> None:
@@ -591,14 +591,19 @@ def learn(
         jury: Of the examples to look at; without any, there are no looks, and it takes all steps.
         steps: At most.
         trail: Of the looks so far, the first before learning; is added to.
-        join: Of held-out scores before learning and now, what is judged.
+        weigh: As for :func:`dsd.jury.verdict`.
         keep: Called where the state of learning is worth keeping.
         tick: Called after every step, with the latest held-out accuracy.
     """
     config = learner.config
     _, every = config.schedule
-    before = trail.scores[0].numpy() if trail.scores else np.zeros(0)
-    ranks = [jury.judge(join(before, s.numpy()) if i else before).rank for i, s in enumerate(trail.scores)]
+
+    def rank(scores: Tensor) -> tuple[float, float]:
+        before, now = trail.scores[0].numpy(), scores.numpy()
+        weight = 0.0 if scores is trail.scores[0] else weigh(jury, before, now)
+        return jury.judge(now + weight * before).rank
+
+    ranks = [rank(scores) for scores in trail.scores]
     losses: list[float] = []
     while learner.done < steps and (not ranks or len(ranks) - 1 - ranks.index(max(ranks)) < config.patience):
         losses.append(learner.step())
@@ -606,7 +611,7 @@ def learn(
             if jury.examples:
                 scores = held_out_scores(learner.scorer, jury, learner.team)
                 trail.add(learner.done, float(np.mean(losses)), scores, learner.learned())
-                ranks.append(jury.judge(join(before, scores.numpy())).rank)
+                ranks.append(rank(scores))
                 losses.clear()
             keep()
         tick(ranks[-1][0] if ranks else None)

@@ -29,7 +29,7 @@ from dsd.baselines.towers import Clip, Tokens
 from dsd.contracts import AdapterError, Example, ModelError, OptionError, Pair
 from dsd.evaluate import dataset_checksum, write_text
 from dsd.images import load_image
-from dsd.jury import Judged, Jury
+from dsd.jury import Judged, Jury, verdict
 from dsd.learn import FitConfig, choice_loss
 from dsd.lesson import Drawn, Negatives, choices_of, folds
 from dsd.metrics import bootstrap_interval
@@ -321,10 +321,8 @@ class _Gradient(FewShotClip):
             trails = [self._run(turn.examples, turn.held_out, steps, config, bar.update) for turn in turns]
             looks = min(len(trail.steps) for trail in trails)
             scores = [np.concatenate([trail.scores[i] for trail in trails]) for i in range(looks)]
-            judged = [jury.judge(s) for s in scores]
-            best = max(range(looks), key=lambda i: judged[i].rank)
-            if not judged[best].beats(judged[0]):
-                best = 0
+            found = verdict(jury, scores)
+            best = found.best
             if best and len(turns) == 1:
                 learned = trails[0].learned[best]
             elif best:  # all examples teach, for as long as was best for those held out
@@ -332,8 +330,8 @@ class _Gradient(FewShotClip):
         record = {
             "turns": len(turns),
             "steps": trails[0].steps[best],
-            "validation": accuracies(judged[0].accuracy, judged[best].accuracy, config.seed),
-            "curve": [_point(trails[0].steps[i], judged[i]) for i in range(looks)],
+            "validation": accuracies(found.before.accuracy, found.after.accuracy, config.seed),
+            "curve": [_point(trails[0].steps[i], judged) for i, judged in enumerate(found.curve)],
         }
         return learned, record
 
