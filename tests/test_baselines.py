@@ -582,6 +582,8 @@ def test_eval_teaches_a_baseline_and_goes_on(dsd: Callable[..., Any], tmp_path: 
     [
         ("--baseline clip --model tiny", "--model with --baseline"),
         ("--baseline clip --score attention", "--score with --baseline"),
+        ("--baseline clip-lora --shots 4 --rank 8 --gradient-checkpointing", "--rank, --gradient-checkpointing with"),
+        ("--baseline clip-linear-probe --shots 4 --hold-out 0.5", "--hold-out with clip-linear-probe"),
         ("--baseline clip --shots 4", "a baseline that learns: caption-length, clip-linear-probe"),
         ("--baseline chance --baseline-model tiny", "model"),
         ("--baseline clip --baseline-model nowhere", "clip-tiny"),

@@ -6,7 +6,8 @@
   candidates of an example.
 - ``tokens``: soft tokens that join every caption, by gradient.
 - ``heads``: weights of the score's attention heads at each timestep, by gradient, from their importance on.
-- ``weights``: weights of all heads and of the denoising score (:mod:`dsd.weights`), in seconds, on a frozen model.
+- ``weights``: weights of all heads and of the denoising score (:mod:`dsd.weights`), on a frozen model, in a few passes
+  over the examples.
 - Sums of these, such as ``prompt+heads``: what is learned by gradient is learned at once, and ``weights`` then on the
   model as it was taught.
 
@@ -77,8 +78,8 @@ def fit(
             denoising score, whatever the scorer's is.
         examples: Labelled examples, in which right and wrong candidates compete.
         validation: Examples to stop by; None holds out some of ``examples``, by turns or once, as ``config`` says.
-            ``weights`` holds out ``examples`` by turns in any case, and keeps the zero-shot score if that does better
-            on those given.
+            ``weights`` by itself holds out ``examples`` by turns in any case, and keeps the zero-shot score if that
+            does better on those given; after prompts or tokens, weights are learned from examples that were held out.
         config: How to learn.
         prompt: Where prompts go; their soft tokens count if the method has ``tokens``.
         checkpoint: A file to keep the state of training in, removed when training ends. ``weights`` starts anew.
@@ -455,7 +456,7 @@ def _fit_weights(
     plain, found = (flat[0] @ prior[-1])[own], fitted.scores[own]
     kept = math.isfinite(fitted.strength)
     if taught is not None:
-        kept = better(fitted.after, jury.judge(plain).loss, 1)
+        kept = better(fitted.after, jury.judge(plain).loss, 2)
     learned = replace(zero, kind=WEIGHTED, layers=features.layers, weights=None)
     before, after = jury.accuracy(plain), jury.accuracy(found)
     if validation is not None:

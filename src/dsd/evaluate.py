@@ -54,7 +54,7 @@ class Result:
 
     Attributes:
         metrics: Each metric by name; always ``accuracy``, others as they fit (:func:`dsd.metrics.evaluate_scores`).
-        by_tag: The accuracy within each tag.
+        by_tag: Metrics within each tag, those that are means over examples.
         ties: How many choices had a shared best score.
         nans: How many scores are NaN.
         ids: Of the examples, in order.

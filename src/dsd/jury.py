@@ -1,6 +1,6 @@
 """What scores of held-out examples say: how good they are, whether that is beyond doubt, and how far to trust them.
 
-NumPy only.
+No torch.
 """
 
 from __future__ import annotations

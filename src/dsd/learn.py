@@ -549,7 +549,8 @@ class Trail:
         losses: Mean training loss since the look before; None at the first.
         scores: (pairs,) of all pairs of the held-out examples.
         learned: What had been learned (:meth:`Learner.learned`).
-        as_dear: (pairs,) zero-shot scores in as many passes as what is learned takes; None where that takes no more.
+        as_dear: (pairs,) zero-shot scores in as many passes as what is learned takes; None where that takes no more,
+            and where noise was given, which has no more to give.
     """
 
     steps: list[int] = field(default_factory=list)

@@ -465,7 +465,10 @@ class Matcher:
         return self
 
     def forget(self) -> Self:
-        """Takes away what was learned: the model is bare, and the score is the one that the matcher was made with."""
+        """Takes away what was learned: the model is bare, and the score is the one that the matcher was made with.
+
+        Where that was learned too, it is the zero-shot score that was learned from.
+        """
         prompts.detach(self.backbone.denoiser)
         self.adapter = None
         self._scorer.use(self._first_score)

@@ -1,8 +1,8 @@
 """CLIP taught from a few examples: a linear probe, learned context words (CoOp), and low-rank weights (LoRA).
 
 All learn as :mod:`dsd.adapt` does, so that methods differ in what is learned alone: the softmax loss over the
-candidates of each choice, wrong captions and pictures of other examples among them, every example held out by turns to
-say when to stop, and what was learned is kept only where it is better than zero-shot beyond doubt.
+candidates of each choice, wrong captions and pictures of other examples among them, examples held out to say when to
+stop, and what was learned is kept only where it is better than zero-shot beyond doubt.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ class FewShotClip(Clip):
         steps=400, check_every=50, negatives=1, image_negatives=1, candidates=None
     )
 
+    heeds: ClassVar[tuple[str, ...]] = ()
+    """Fields of the configuration that matter, besides the seed."""
+
     def __init__(self, model: str = "clip-tiny", *, fit_config: FitConfig | None = None, **options: Any) -> None:
         super().__init__(model, **options)
         self.fit_config = fit_config or self.defaults
@@ -91,7 +94,7 @@ class FewShotClip(Clip):
 
         Args:
             examples: In which right and wrong candidates compete.
-            validation: Examples to stop by; None holds out ``examples`` by turns.
+            validation: Examples to stop by; None holds out some of ``examples``, as the configuration says.
             seed: Instead of the configuration's; decides order, initial values and what is held out.
             progress: Whether to show a bar on stderr.
 
@@ -216,6 +219,7 @@ class LinearProbe(FewShotClip):
     """
 
     name = "clip-linear-probe"
+    heeds = ("negatives", "image_negatives", "swaps", "folds")
 
     def _settings(self) -> dict[str, Any]:
         return {}
@@ -291,6 +295,11 @@ class _Trail:
 
 class _Gradient(FewShotClip):
     """Learns by gradient what subclasses attach to the towers."""
+
+    heeds = (
+        *("objective", "margin", "temperature", "steps", "batch", "learning_rate", "weight_decay", "folds"),
+        *("validation", "check_every", "patience", "negatives", "image_negatives", "swaps", "candidates"),
+    )
 
     @abstractmethod
     def _attach(self, seed: int) -> list[nn.Parameter]:

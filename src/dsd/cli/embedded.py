@@ -22,12 +22,10 @@ def add(commands: Commands) -> None:
     world.add_argument("--seed", type=int, default=0)
 
     study = commands.add("study", _study, "The paper's study: every method on every task of the embedded world.")
-    study.add_argument(
-        "--out", default="study", metavar="DIR", help="default: %(default)s; a study that is there goes on"
-    )
+    study.add_argument("--out", metavar="DIR", help="default: study, or quick-study; a study that is there goes on")
     size = study.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one level, few methods, fewer examples: minutes")
-    size.add_argument("--full", action="store_true", help="every method, three draws: a day")
+    size.add_argument("--full", action="store_true", help="every method, three draws: more than a day")
     study.add_argument(
         "--report-only", action="store_true", help="report what the folder has, and what is missing; measure nothing"
     )
@@ -63,26 +61,27 @@ def _study(a: argparse.Namespace) -> None:
     given: dict[str, Any] = {k: tuple(v.split(by)) for k, (v, by) in named.items() if v is not None}
     given |= {k: getattr(a, k) for k in ("shots", "seeds", "held_out") if getattr(a, k) is not None}
     base = QUICK if a.quick else FULL if a.full else StudyConfig()
+    out = a.out or ("quick-study" if a.quick else "study")
     # who names methods wants them as often as the others
     config = replace(base, **given, thorough=base.thorough or a.methods is not None)
     jobs = os.cpu_count() or 1 if a.jobs is None else a.jobs
     if jobs < 1:
         raise OptionError(f"got {jobs} jobs, expected 1 or more")
     if a.report_only:
-        made = gather(a.out, config)
+        made = gather(out, config)
     else:
         made = run(
-            a.out,
+            out,
             config,
             jobs=jobs,
             announce=lambda text: print(f"dsd study: {text}", file=sys.stderr, flush=True),
             progress=watched(),
         )
     shown = {task: task_of(task, "val", config.levels[0], 1, 0)[0] for task in config.tasks}
-    written = write_report(made, a.out, shown)
+    written = write_report(made, out, shown)
     found = summary(made)
     if a.format == "json":
-        print_json({"out": a.out, **found})
+        print_json({"out": out, **found})
         return
     if made.missing:
         say(f"not measured yet: {'; '.join(made.missing)}")

@@ -48,7 +48,7 @@ def add(commands: Commands) -> None:
         help=f"JSONL or CSV of examples to draw from, or a task of the world: {', '.join(WORLD_TASKS)}",
     )
     curve.add_argument("--held-out", metavar="MANIFEST", help="examples to measure on; a task brings its own")
-    curve.add_argument("--val", metavar="MANIFEST", help="examples to stop by; default: a share of those drawn")
+    curve.add_argument("--val", metavar="MANIFEST", help="examples to stop by; default: those drawn, by turns")
     curve.add_argument(
         "--out", required=True, metavar="DIR", help="folder of curve.json and curve.png; a curve that is there goes on"
     )
@@ -105,7 +105,7 @@ def _fit(a: argparse.Namespace) -> None:
     say(f"{out}: learned from {training['examples']} examples; {judges}:")
     print_table([{"": name, "accuracy": f"{value:.3f}"} for name, value in rows], ("", "accuracy"))
     if not training["kept"]:
-        print("Learning was not clearly better than the zero-shot score there, so the zero-shot score was kept.")
+        print("Learning was not clearly better there than the zero-shot score, which was kept.")
 
 
 def _export(a: argparse.Namespace) -> None:

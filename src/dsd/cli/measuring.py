@@ -19,6 +19,7 @@ from dsd.cli.options import (
     lesson_of,
     matcher_of,
     model_options,
+    refuse_idle,
     world_options,
 )
 from dsd.cli.printing import print_json, print_table, say, watched
@@ -86,6 +87,7 @@ def add(commands: Commands) -> None:
     learning_options(evaluate)
     world_options(evaluate, benchmark=True)
     model_options(evaluate)
+    evaluate.set_defaults(ours={name: evaluate.get_default(name) for name in _OURS})
 
     compare = commands.add("compare", _compare, "Compare two results on the same examples, paired example by example.")
     for name in "ab":
@@ -131,7 +133,12 @@ def _eval(a: argparse.Namespace) -> None:
     _finish(a, result, examples, folder, matcher)
 
 
-_OURS = ("model", "adapter", "score", "timesteps", "layers", "direction", "noise")
+_OURS = (
+    *("model", "adapter", "score", "timesteps", "layers", "direction", "noise", "encodings", "compile"),
+    *("device_map", "offload", "quantize_text_encoder", "channels_last", "variant", "revision", "config"),
+    *("allow_pickle", "method", "mix", "objective", "rank", "prompt_scale", "projections", "attention"),
+    *("prompt_layers", "tokens", "gradient_accumulation_steps", "gradient_checkpointing"),
+)
 """Options that say nothing to a baseline."""
 
 
@@ -147,7 +154,7 @@ def _eval_baseline(
     from dsd.evaluate import claim, dataset_checksum, evaluate
 
     entry = BASELINES[a.baseline]
-    ours = [f"--{name}" for name in _OURS if getattr(a, name) is not None]
+    ours = [f"--{name.replace('_', '-')}" for name, default in a.ours.items() if getattr(a, name) != default]
     if ours:
         raise OptionError(
             f"got {', '.join(ours)} with --baseline, expected --baseline-model, and --steps for one of diffusion"
@@ -175,6 +182,9 @@ def _eval_baseline(
         if options and not hasattr(made, "fit_config"):
             raise OptionError(f"got options of learning with {a.baseline}, which has none; leave them out")
         if options:
+            refuse_idle(a, made.heeds, a.baseline)
+            if "folds" in options:  # by turns, where the default is to hold out a share once
+                options["validation"] = None
             made.fit_config = replace(made.fit_config, **options)
         learning = {"shots": len(lesson.examples), "seed": a.shot_seed, "dataset": dataset_checksum(lesson.examples)}
         learning["options"] = options

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from dsd.contracts import OptionError
@@ -51,12 +51,14 @@ def learning_options(command: argparse.ArgumentParser) -> None:
         "--method",
         default="prompt",
         metavar="M",
-        help="prompt, tokens, heads or weights, or several with + between them (default: %(default)s)",
+        help="prompt, tokens, heads or weights, or several in this order with + between, but not both of the last two "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--mix",
         metavar="S,S,...",
-        help="scores taught along with the score, or none (default: attention with denoising, none with others)",
+        help="scores taught along with the score, or none (default: with denoising, attention in its place, for heads "
+        "and weights along with it; with others, none)",
     )
     group.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
     group.add_argument("--rank", type=int, default=4, help="rank of the prompts (default: %(default)s)")
@@ -106,7 +108,12 @@ def model_options(command: argparse.ArgumentParser, adapter: bool = True) -> Non
         "--direction", choices=("image", "text"), help="whose queries attention is scored by (default: the image's)"
     )
     group.add_argument("--noise", metavar="FILE", help="a .npy file of shape (timesteps, channels, height, width)")
-    group.add_argument("--seed", type=int, metavar="S", help="decides the noise (default: 0)")
+    group.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="decides the noise, the world's examples, how to learn (default: 0)",
+    )
     group.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the model's own)")
     group.add_argument("--batch-size", type=int, metavar="N", help="rows a pass; halved when memory runs out")
     group.add_argument("--compile", action="store_true", help="compile the denoiser: slow to start, faster then")
@@ -237,27 +244,45 @@ def accelerator_of(a: argparse.Namespace) -> Any:
     return accelerator
 
 
+_FIELDS = {
+    "max_steps": "steps",
+    "learning_rate": "learning_rate",
+    "seed": "seed",
+    "negatives": "negatives",
+    "image_negatives": "image_negatives",
+    "swaps": "swaps",
+    "candidates": "candidates",
+    "folds": "folds",
+    "hold_out": "validation",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+}
+"""Options of learning that have no default here, and their fields of :class:`dsd.learn.FitConfig`."""
+
+
 def given_of(a: argparse.Namespace) -> dict[str, Any]:
-    """Options of learning that were given and have no default here, as :class:`dsd.learn.FitConfig` names them."""
-    given = {
-        "steps": a.max_steps,
-        "learning_rate": a.learning_rate,
-        "seed": a.seed,
-        "negatives": a.negatives,
-        "image_negatives": a.image_negatives,
-        "swaps": a.swaps,
-        "candidates": a.candidates,
-        "folds": a.folds,
-        "validation": a.hold_out,
-        "gradient_accumulation_steps": a.gradient_accumulation_steps,
-    }
-    return {name: value for name, value in given.items() if value is not None}
+    """Options of learning that were given and have no default here, by their fields."""
+    given = {field: getattr(a, name) for name, field in _FIELDS.items()}
+    return {field: value for field, value in given.items() if value is not None}
+
+
+def refuse_idle(a: argparse.Namespace, heeded: Iterable[str], method: str) -> None:
+    """Refuses options of learning that a method does not heed.
+
+    Raises:
+        OptionError: If some were given.
+    """
+    known = {"seed", *heeded}
+    idle = [f"--{n.replace('_', '-')}" for n, f in _FIELDS.items() if getattr(a, n) is not None and f not in known]
+    if idle:
+        raise OptionError(f"got {', '.join(idle)} with {method}, which has no use for that; leave it out")
 
 
 def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
-    from dsd.learn import FitConfig
+    from dsd.learn import HEEDED_BY_WEIGHTS, FitConfig
     from dsd.prompts import PromptConfig
 
+    if a.method == "weights":
+        refuse_idle(a, HEEDED_BY_WEIGHTS, "--method weights")
     mix = None if a.mix is None else () if a.mix == "none" else tuple(a.mix.split(","))
     config = FitConfig(
         method=a.method,

@@ -45,8 +45,8 @@ class Shelf:
         """Loads models, each once, and adapters onto them.
 
         Args:
-            models: Aliases, hub names or folders; a matcher of each is named by it. Default: ``tiny``, or the base of
-                each adapter.
+            models: Aliases, hub names or folders; a matcher of each is named by it. Default: ``tiny``. Bases of
+                adapters are loaded besides.
             adapters: Folders by the name that requests choose them by.
             score: Of the matchers without adapter; see :meth:`dsd.Matcher.from_pretrained`.
             device, dtype: See there.

@@ -64,7 +64,7 @@ class HttpError(Exception):
 
     @classmethod
     def of(cls, error: DsdError) -> HttpError:
-        """An error of the library as an answer: 422, but 404 for a model that is not there, 429 and 503 if busy."""
+        """An error of the library as an answer: 422, but 500 if the model is at fault, 429 and 503 if busy."""
         for kind, (status, code) in _STATUS.items():
             if isinstance(error, kind):
                 return cls(status, code, str(error))
