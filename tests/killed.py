@@ -1,4 +1,4 @@
-"""Kills a fit (SIGKILL) at random moments and lets it go on: ``python killed.py MODEL FOLDER TIMES``.
+"""Kills a fit (SIGKILL) at random moments and lets it go on: ``python killed.py MODEL FOLDER TIMES SCORE``.
 
 Prints a line of JSON: how many adapters are, byte for byte, that of a fit without a stop, and after how many steps
 each was killed. Every fit is a process of its own, forked so that nothing is imported twice.
@@ -12,32 +12,33 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from dsd.adapt import fit
 from dsd.backbone import load_backbone
-from dsd.learn import FitConfig
+from dsd.learn import FitConfig, Method
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
 from models import toy
 
-CONFIG = FitConfig(
-    method="prompt+tokens+heads", steps=8, batch=3, check_every=2, folds=2, learning_rate=0.05, jitter=10, patience=9
-)
+CONFIG = FitConfig(steps=8, batch=3, check_every=2, folds=2, learning_rate=0.05, jitter=10, patience=9)
+METHODS: dict[str, Method] = {"attention": "prompt+tokens+heads", "denoising": "prompt+tokens"}
+"""By score. With ``denoising``, attention is taught by itself, and what it costs is looked at too."""
 
 
-def lesson(model: str, folder: Path) -> None:
+def lesson(model: str, folder: Path, kind: str) -> None:
     """One fit, from wherever it was stopped."""
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
-    scorer = Scorer(load_backbone(model), ScoreConfig("attention", (20, 100)))
+    scorer = Scorer(load_backbone(model), ScoreConfig(kind, (20, 100)))
     fit(
         scorer,
         toy(8),
-        config=CONFIG,
+        config=replace(CONFIG, method=METHODS[kind]),
         prompt=PromptConfig(rank=2, tokens=2),
         checkpoint=folder / "fit.checkpoint",
         resume=True,
@@ -45,13 +46,13 @@ def lesson(model: str, folder: Path) -> None:
     ).save(folder / "adapter")
 
 
-def start(model: str, folder: Path) -> int:
+def start(model: str, folder: Path, kind: str) -> int:
     """A process that fits; its number."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            lesson(model, folder)
+            lesson(model, folder, kind)
             status = 0
         finally:
             os._exit(status)
@@ -67,9 +68,9 @@ def steps(folder: Path) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
-def main(model: str, out: Path, times: int) -> None:
+def main(model: str, out: Path, times: int, kind: str) -> None:
     began = time.perf_counter()
-    assert ended(start(model, out / "whole")) == 0
+    assert ended(start(model, out / "whole", kind)) == 0
     seconds = time.perf_counter() - began
     whole = {p.name: p.read_bytes() for p in (out / "whole" / "adapter").iterdir()}
     log = (out / "whole" / "log.jsonl").read_text()
@@ -77,17 +78,16 @@ def main(model: str, out: Path, times: int) -> None:
     same, killed = 0, []
     while len(killed) < times:
         folder = out / str(len(killed))
-        child = start(model, folder)
+        child = start(model, folder, kind)
         time.sleep(rng.uniform(0.1, 0.95) * seconds)
         os.kill(child, signal.SIGKILL)
         assert ended(child) == -signal.SIGKILL
         killed.append(steps(folder))
-        assert ended(start(model, folder)) == 0
+        assert ended(start(model, folder, kind)) == 0
         found = {p.name: p.read_bytes() for p in (folder / "adapter").iterdir()}
         same += found == whole and (folder / "log.jsonl").read_text() == log
-        assert not (folder / "fit.checkpoint").exists()
     print(json.dumps({"same": same, "steps": log.count("\n"), "killed_after": killed}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

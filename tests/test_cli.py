@@ -800,10 +800,19 @@ def test_checkpoint_of_another_request(dsd: Command, lesson: Path, tmp_path: Pat
         ("--learning-rate", "-1"),
         ("--learning-rate", "nan"),
         ("--method", "magic"),
+        ("--temperature", "0"),
+        ("--patience", "0"),
     ],
 )
 def test_bad_options_of_learning(dsd: Command, lesson: Path, tmp_path: Path, options: tuple[str, str]) -> None:
     assert "expected" in dsd.refused("fit", lesson, "--out", tmp_path / "adapter", *options)
+
+
+def test_options_that_weights_have_no_use_for(dsd: Command, lesson: Path, tmp_path: Path) -> None:
+    asked = ("fit", lesson, "--out", tmp_path / "adapter", "--method", "weights")
+    assert "got --patience, --hold-out with --method weights" in dsd.refused(
+        *asked, "--hold-out", "0.5", "--patience", 2
+    )
 
 
 # Adapters

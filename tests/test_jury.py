@@ -42,16 +42,16 @@ def test_one_example_is_judged_by_itself() -> None:
 
 def test_the_best_of_many_looks_is_not_flattered() -> None:
     """Looks at nothing but chance: the best of forty seems to win much more than half, and is not said to."""
-    jury, rng = jury_of(20), np.random.default_rng(0)
-    lost = scores_of(jury, np.zeros(20, bool))
+    jury, rng = jury_of(30), np.random.default_rng(0)
+    lost = scores_of(jury, np.zeros(30, bool))
     best, told = [], []
     for _ in range(12):
-        looks = [lost, *(scores_of(jury, rng.random(20) < 0.5) for _ in range(40))]
+        looks = [lost, *(scores_of(jury, rng.random(30) < 0.5) for _ in range(40))]
         found = verdict(jury, looks)
         assert found.best > 0  # beyond doubt better than losing all
         best.append(max(j.accuracy.mean() for j in found.curve))
         told.append(found.after.accuracy.mean())
-    assert np.mean(best) > 0.7
+    assert np.mean(best) > 0.65
     assert abs(np.mean(told) - 0.5) < 0.1
 
 
@@ -67,13 +67,14 @@ def test_what_is_clearly_better_is_kept() -> None:
     assert verdict(jury, [first, second], as_dear=scores_of(jury, np.ones(20, bool))).best == 0
 
 
-def test_chance_is_not_kept() -> None:
-    """Over many lessons that teach nothing, hardly any is kept."""
-    jury, rng = jury_of(20), np.random.default_rng(1)
+@pytest.mark.parametrize("count", [2, 3, 4, 8, 20])
+def test_chance_is_not_kept(count: int) -> None:
+    """Over many lessons that teach nothing, hardly any is kept, however few examples are held out."""
+    jury, rng = jury_of(count), np.random.default_rng(1)
     kept = 0
-    for _ in range(40):
+    for _ in range(60):
         looks = [rng.standard_normal(len(jury.pairs)).astype(np.float32) for _ in range(9)]
         found = verdict(jury, looks)
         kept += found.best > 0
         assert found.best > 0 or np.array_equal(found.after.accuracy, found.before.accuracy)
-    assert kept <= 4
+    assert kept <= (0 if count < 6 else 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -204,7 +205,18 @@ def test_two_processes_learn_what_one_does(pipe: Pipe, tmp_path: Path) -> None:
     manifest = write(tmp_path, toy(15))
     dsd = [str(Path(sys.executable).with_name("dsd")), "fit", str(manifest), "--model", pipe(), "--device", "cpu"]
     dsd += ["--score", "attention", "--timesteps", "20,100", "--learning-rate", "0.03", "--max-steps", "20"]
-    dsd += ["--folds", "2", "--method", "prompt+tokens", "--format", "json", "--log", str(tmp_path / "log.jsonl")]
+    dsd += [
+        "--folds",
+        "2",
+        "--method",
+        "prompt+tokens",
+        "--patience",
+        "9",
+        "--format",
+        "json",
+        "--log",
+        str(tmp_path / "log.jsonl"),
+    ]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision"]
     launch += ["no", "--dynamo_backend", "no", "--num_processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -239,10 +251,11 @@ def test_mixed_precision_that_needs_scaling_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_killed_fits_go_on(pipe: Pipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["attention", "denoising"])
+def test_killed_fits_go_on(pipe: Pipe, tmp_path: Path, kind: str) -> None:
     script = Path(__file__).with_name("killed.py")
     done = subprocess.run(
-        [sys.executable, str(script), pipe(), str(tmp_path), "3"], capture_output=True, text=True, timeout=500
+        [sys.executable, str(script), pipe(), str(tmp_path), "3", kind], capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -368,8 +381,6 @@ def test_tokens_of_another_width_are_refused(pipe: Pipe) -> None:
 
 
 def test_pictures_of_others_join_as_wrong(pipe: Pipe) -> None:
-    import random
-
     examples = [replace(e, texts=(f"text {i}", f"wrong {i}")) for i, e in enumerate(toy(6))]
     drawn = Negatives(examples, 1, 2, 0).join(2, random.Random(0))
     right = examples[2].texts[examples[2].positives[0][1]]
@@ -382,14 +393,23 @@ def test_pictures_of_others_join_as_wrong(pipe: Pipe) -> None:
 
 
 def test_pictures_that_share_a_caption_are_no_negatives() -> None:
-    import random
-
     assert len(Negatives(toy(6), 0, 2, 0).join(0, random.Random(0)).choices) == 1
 
 
-def test_examples_that_ask_in_one_direction_get_a_negative_of_each_kind() -> None:
-    import random
+def test_examples_that_share_a_picture_lend_no_negatives() -> None:
+    """What another says of the same picture may be right of it."""
+    one, other = picture(1), picture(2)
+    first = Example("first", (one,), ("a dog", "a cat"), ((0, 0),))
+    second = Example("second", (one.copy(), other), ("a red ball", "a blue ball"), ((0, 0), (1, 0)))
+    for rng in (random.Random(k) for k in range(20)):
+        drawn = Negatives([first, second, *toy(2)], 2, 2, 0).join(0, rng)
+        assert not {"a red ball", "a blue ball"} & set(drawn.texts)
+        assert all(i != 1 for i, _ in drawn.images)
+    alone = Negatives([first, second], 1, 1, 0).join(0, random.Random(0))
+    assert alone.texts == first.texts
 
+
+def test_examples_that_ask_in_one_direction_get_a_negative_of_each_kind() -> None:
     def rows(*shape: int, right: tuple[tuple[int, int], ...]) -> int:
         """How many pairs a first example of so many images and texts brings to a step."""
         images, texts = shape
@@ -408,8 +428,6 @@ def test_examples_that_ask_in_one_direction_get_a_negative_of_each_kind() -> Non
 
 def test_some_of_many_candidates_take_part() -> None:
     """The right ones always, others anew each time, and every choice among those that take part."""
-    import random
-
     texts = tuple(f"text {k}" for k in range(10))
     pictures = tuple(picture(k) for k in range(3))
     examples = [Example("a", pictures, texts, ((1, 6), (2, 0)))]

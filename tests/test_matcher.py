@@ -188,6 +188,16 @@ def test_probabilities_need_a_calibration(matcher: Matcher, pipe: Pipe, tmp_path
 # Loading
 
 
+def test_a_calibration_is_of_one_score(pipe: Pipe, adapter: Path) -> None:
+    own = Matcher.from_pretrained(pipe(), adapter=adapter, seed=5)  # other noise, the same score
+    assert own.scale is not None
+    for options in ({"score": "paper"}, {"timesteps": (100, 900)}, {"layers": ("mid_block",)}):
+        other = Matcher.from_pretrained(pipe(), adapter=adapter, **options)
+        assert other.scale is None
+        with pytest.raises(AdapterError, match="than were calibrated"):
+            other.probability(IMAGES[0], TEXTS)
+
+
 def test_an_adapter_brings_its_score_and_its_base(pipe: Pipe, adapter: Path) -> None:
     own = Matcher.from_pretrained(adapter=adapter)
     assert own.backbone.name == pipe()

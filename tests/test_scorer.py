@@ -128,6 +128,15 @@ def test_any_form_of_an_image_scores_the_same(backbone: Backbone, tmp_path: Path
 # Seeds and noise
 
 
+def test_given_noise_is_of_one_score(pipe: Pipe) -> None:
+    backbone = load_backbone(pipe())
+    score = ScoreConfig("attention", (100,), bare=ScoreConfig("denoising", (100, 500)))
+    for rows in (1, 2, 3):
+        noise = np.zeros((rows, *backbone.latent_shape(backbone.image_size)), np.float32)
+        with pytest.raises(OptionError, match="leave the noise out"):
+            Scorer(backbone, score, noise=noise)
+
+
 @kinds
 def test_a_seed_decides_everything(backbone: Backbone, kind: str) -> None:
     def run(seed: int) -> np.ndarray:

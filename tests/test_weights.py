@@ -477,7 +477,6 @@ def test_a_stopped_fit_of_heads_goes_on(
             run(config=config, checkpoint=keeper)
     assert keeper.exists()
     resumed = run(config=config, checkpoint=keeper, resume=True)
-    assert not keeper.exists()
     assert whole.weights is not None
     assert resumed.weights is not None
     assert torch.equal(whole.weights, resumed.weights)

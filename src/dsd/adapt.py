@@ -18,6 +18,7 @@ passes as what was learned takes; the score is kept as it was if not.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -36,9 +37,9 @@ from dsd import prompts
 from dsd.adapters import Adapter, fingerprint
 from dsd.contracts import Example, OptionError, Pair
 from dsd.evaluate import dataset_checksum
-from dsd.jury import Judged, Jury, verdict
+from dsd.jury import PARTS, Judged, Jury, verdict
 from dsd.learn import WEIGHTS, FitConfig, Learner, Team, Trail, checkpointed, held_out_scores, importance, learn
-from dsd.lesson import Negatives, choices_of, folds, split
+from dsd.lesson import Negatives, check_validation, choices_of, folds, split
 from dsd.metrics import bootstrap_interval
 from dsd.prompts import PromptConfig
 from dsd.records import Log, load_checkpoint, save_checkpoint
@@ -82,7 +83,8 @@ def fit(
             does better on those given; after prompts or tokens, weights are learned from examples that were held out.
         config: How to learn.
         prompt: Where prompts go; their soft tokens count if the method has ``tokens``.
-        checkpoint: A file to keep the state of training in, removed when training ends. ``weights`` starts anew.
+        checkpoint: A file to keep the state of training in; delete it when the adapter is saved. ``weights`` starts
+            anew.
         resume: Go on from ``checkpoint`` if it is there; the result is the same as without the stop.
         log: Where to write loss and learning rate step by step: a ``.jsonl`` file, or a folder for TensorBoard.
         accelerator: Brings several processes, which share each batch, and mixed precision (bf16). Every process must
@@ -90,7 +92,8 @@ def fit(
         progress: Whether to show progress bars, on stderr.
 
     Raises:
-        OptionError: If there is nothing to learn from, or the checkpoint is of another request.
+        OptionError: If there is nothing to learn from, if validation examples show pictures that are learned from, or
+            if the checkpoint is of another request.
         ModelError: If the loss stops being finite.
     """
     config, prompt = (config or FitConfig()).resolved(len(examples)), prompt or PromptConfig()
@@ -101,6 +104,7 @@ def fit(
             f"got {len(idle)} examples in which nothing competes ({', '.join(idle)[:200]}), "
             "expected right and wrong candidates in each; add negatives to them"
         )
+    check_validation(examples, validation or ())
     if zero.kind == WEIGHTED:
         raise OptionError("got a score whose weights are learned, expected a zero-shot one to start from")
     prompts.check_bare(denoiser)
@@ -121,8 +125,6 @@ def fit(
             # prompts that did not learn from it
             parts, taught = (parts, adapter) if adapter.prompts is not None else ([_Part(list(examples))], None)
             adapter = _fit_weights(scorer, parts, None, config, taught, progress)
-        if keeper is not None and team.leads:
-            keeper.unlink(missing_ok=True)
         return adapter
     except BaseException:
         prompts.detach(denoiser)
@@ -230,7 +232,7 @@ class _Gradient:
             return 0.0
         unit = jury.spread(now) / jury.spread(before)
         tried = [float(r * unit) for r in _RATIOS]
-        return min(tried, key=lambda w: float(jury.judge(now + w * before).loss.mean()))
+        return min(tried, key=lambda w: jury.loss(now + w * before))
 
     def _mixed(self, examples: Sequence[Example]) -> ScoreConfig:
         """The score that is taught: further scores count as much as the scorer's own, in units of their spread."""
@@ -257,12 +259,13 @@ class _Gradient:
         """
         data = [[dataset_checksum(t.examples), dataset_checksum(t.held_out)] for t in turns]
         placed = None if self.prompt is None else asdict(self.prompt)
-        request = json.dumps(
-            [self.base, asdict(self.config), placed, self.zero.to_dict(), self.scorer.size, data], sort_keys=True
-        )
+        asked: list[Any] = [self.base, asdict(self.config), placed, self.zero.to_dict(), self.scorer.size, data]
+        if self.scorer.noise_was_given:
+            asked.append(hashlib.blake2b(self.scorer.noise.cpu().numpy().tobytes(), digest_size=16).hexdigest())
+        request = json.dumps(asked, sort_keys=True)
         # in one order, whether it was stopped or not: what is encoded together decides the last bit
         self.scorer.latents([image for turn in turns for e in (*turn.examples, *turn.held_out) for image in e.images])
-        self.start = self._taught([e for turn in turns for e in (*turn.examples, *turn.held_out)])
+        self.start = self._taught([*turns[0].examples, *turns[0].held_out])
         trails: list[Trail] = []
         going: dict[str, Any] | None = None  # what the last of the trails goes on from
         if resume and self.keeper is not None and self.keeper.exists():
@@ -282,8 +285,8 @@ class _Gradient:
                 going = None if k == len(trails) - 1 else going
             looks = min(len(trail.steps) for trail in trails[: len(turns)])
             scores = [torch.cat([t.scores[i] for t in trails[: len(turns)]]).numpy() for i in range(looks)]
-            firsts = [t.scores[0] if t.as_dear is None else t.as_dear for t in trails[: len(turns)]]
-            found = verdict(jury, scores, self._weigh, torch.cat(firsts).numpy())
+            dear = [t.as_dear for t in trails[: len(turns)] if t.as_dear is not None]
+            found = verdict(jury, scores, self._weigh, torch.cat(dear).numpy() if dear else None)
             best = found.best
             learned: dict[str, Tensor] = dict(trails[0].learned[best])
             if best and len(turns) > 1:  # all examples teach, for as long as was best for those held out
@@ -295,7 +298,7 @@ class _Gradient:
         ]
         taught_on, judged_on = (examples, examples) if len(turns) > 1 else (turns[0].examples, held_out)
         figures = _figures(found.before.accuracy, found.after.accuracy, self.config.seed)
-        if self.apart:
+        if dear:
             figures["as_dear"] = float(found.as_dear.accuracy.mean())
         training = {
             "config": asdict(self.config),
@@ -469,6 +472,9 @@ def _fit_weights(
         before, after = first.accuracy, second.accuracy
     scores = found if kept else plain
     scale = jury.judge(scores).scale
+    honest = scores.copy()
+    for mine, others, theirs in jury.parts(PARTS):  # the scale is chosen by others, too
+        honest[mine] *= others.judge(scores[theirs]).scale
     data = dataset_checksum(examples)
     training: dict[str, Any] = {
         "config": asdict(config),
@@ -481,8 +487,8 @@ def _fit_weights(
         "curve": [],
     }
     if taught is not None:  # before is zero-shot, not before weights
-        training = {**taught.training, "validation": training["validation"]}
-        training["validation"]["before"] = taught.training["validation"]["before"]
+        before_all = {"before": taught.training["validation"]["before"]}
+        training = {**taught.training, **({"validation": {**training["validation"], **before_all}} if kept else {})}
     # no number in JSON is infinite
     tried = [{"strength": s if math.isfinite(s) else None, "loss": loss} for s, loss in fitted.losses.items()]
     training["weights"] = {
@@ -491,7 +497,8 @@ def _fit_weights(
         "tried": tried,
         "folds": len(set(groups)),
     }
-    training["calibration"] = jury.calibration(scores, scale)
+    if kept or taught is None:
+        training["calibration"] = jury.calibration(honest, 1.0)
     scorer.use(learned if kept else start, weights if kept else None)
     return Adapter(
         fingerprint(scorer.backbone),

@@ -25,7 +25,7 @@ from dsd.contracts import Example, ManifestError, OptionError
 from dsd.evaluate import Metric, dataset_checksum, evaluate, installed_versions, write_text
 from dsd.images import content_hash, load_image
 from dsd.learn import FitConfig
-from dsd.lesson import folds
+from dsd.lesson import check_validation, folds
 from dsd.matcher import Matcher
 from dsd.metrics import crossed_interval, outcomes, paired_difference
 from dsd.prompts import PromptConfig
@@ -47,7 +47,7 @@ class Row:
         metrics: As :func:`dsd.evaluate.evaluate` gives them; always ``accuracy``.
         gain: In accuracy over zero-shot, paired by example: ``value``, ``low``, ``high`` and ``p``; None for zero-shot.
         kept: Whether learning was clearly better on the examples to stop by; if not, nothing learned is in this.
-        seconds: Spent on learning.
+        seconds: Spent on learning; None where it went on after a stop.
         outcomes: The share of choices won in each held-out example.
     """
 
@@ -56,7 +56,7 @@ class Row:
     metrics: Mapping[str, Metric]
     gain: Metric | None
     kept: bool
-    seconds: float
+    seconds: float | None
     outcomes: tuple[float, ...]
 
 
@@ -253,6 +253,8 @@ def learning_curve(
         for size, seed in left:
             bar.set_postfix(shots=size, seed=seed)
             start, kept = time.perf_counter(), False
+            checkpoint = None if folder is None else folder / f"fit-{size}-{seed}.checkpoint"
+            anew = checkpoint is None or not checkpoint.exists()
             try:
                 if seed is not None:
                     matcher.fit(
@@ -260,13 +262,13 @@ def learning_curve(
                         validation,
                         config=replace(config, seed=seed),
                         prompt=prompt,
-                        checkpoint=None if folder is None else folder / f"fit-{size}-{seed}.checkpoint",
+                        checkpoint=checkpoint,
                         resume=True,
                         progress=progress,
                     )
                     assert matcher.adapter is not None
                     kept = bool(matcher.adapter.training["kept"])
-                seconds = time.perf_counter() - start
+                seconds = time.perf_counter() - start if anew else None
                 result = evaluate(matcher, held_out, progress=progress)
             finally:
                 matcher.forget()
@@ -277,6 +279,8 @@ def learning_curve(
             curve = replace(curve, rows=(*curve.rows, row))
             if folder is not None:
                 curve.save(folder / FILE)
+            if checkpoint is not None:
+                checkpoint.unlink(missing_ok=True)
             bar.update()
     if folder is not None:
         curve.draw(folder / PICTURE)
@@ -345,6 +349,7 @@ def _check_examples(
             f"got {len(idle)} examples in which nothing competes ({', '.join(idle)[:200]}), "
             "expected right and wrong candidates in each; add negatives to them"
         )
+    check_validation(pool, validation or ())
     seen = {picture for e in learned for picture in _pictures(e)}
     leaked = [e.id for e in held_out if not seen.isdisjoint(_pictures(e))]
     if leaked:

@@ -83,6 +83,11 @@ class Jury:
         scale = self._choices.best_scale(scores) if scale is None else scale
         return Judged(self.accuracy(scores), self._choices.losses(scale * scores), scale)
 
+    def loss(self, scores: Float[np.ndarray, " pairs"]) -> float:
+        """The mean loss of :meth:`judge`, for less."""
+        scores = np.asarray(scores, np.float64)
+        return float(self._choices.losses(self._choices.best_scale(scores) * scores).mean())
+
     def parts(self, count: int) -> Iterator[tuple[Rows, Jury, Rows]]:
         """Of each of at most ``count`` parts of the examples: its pairs, a jury of all others, and their pairs.
 

@@ -104,7 +104,7 @@ class FitConfig:
     folds: int = 3
     validation: float | None = None
     check_every: int | None = None
-    patience: int = 8
+    patience: int = 4
     negatives: int | None = None
     image_negatives: int | None = None
     swaps: int = 0
@@ -236,6 +236,15 @@ class Team:
 
         found = gather_object([(i * self.size + self.rank, value) for i, value in enumerate(shares)])
         return [value for _, value in sorted(found, key=lambda item: item[0])]
+
+    def everywhere(self, value: Any) -> list[Any]:
+        """The value of every process."""
+        if self.size == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object([value])
+        return found
 
     def autocast(self) -> Any:
         """Mixed precision, where it was asked for."""
@@ -373,9 +382,10 @@ class Learner:
         loss, broken = self._fit_memory(mine, lambda parts: self._gradients(parts, len(batch)))
         value = float(team.total(loss))
         if not math.isfinite(value):
+            where = next((name for name in team.everywhere(broken) if name is not None), "unknown")
             raise ModelError(
-                f"got a loss of {value} at step {self.done}, example {broken or self.examples[batch[0]].id}; "
-                "lower the learning rate, or load the model in float32"
+                f"got a loss of {value} at step {self.done}, example {where}; lower the learning rate, or load the "
+                "model in float32"
             )
         self._add_up_gradients()
         # cosine to zero after a short rise
@@ -383,6 +393,11 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * fall
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if not norm.isfinite():
+            raise ModelError(
+                f"got a gradient of {float(norm)} at step {self.done}, though the loss is {value:.3g}; lower the "
+                "learning rate, or load the model in float32"
+            )
         self._optimizer.step()
         with torch.no_grad():
             self.weigh()

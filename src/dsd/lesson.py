@@ -49,6 +49,8 @@ class Drawn:
 class Negatives:
     """Draws wrong captions and pictures for the right pairs of examples, from the examples themselves.
 
+    Not from those that share a picture with it, whose captions may be right of that.
+
     Args:
         examples: The pool.
         texts: Captions of other examples for each right pair; None: one, but none for an example that has both wrong
@@ -72,6 +74,7 @@ class Negatives:
         self._texts, self._images, self._swapped = texts, images, swaps
         self._captions = sorted({text for e in self._examples for text in e.texts})
         self._pictures = [(i, k) for i, e in enumerate(self._examples) for k in range(len(e.images))]
+        self._akin = _akin(self._examples)
         self._swaps = Swaps(self._captions) if swaps else None
 
     def join(self, i: int, rng: random.Random) -> Drawn:
@@ -102,7 +105,8 @@ class Negatives:
         count = self._count(i, self._texts)
         if not count:
             return []
-        others = [text for text in self._captions if text not in self._examples[i].texts]
+        own = {text for k in self._akin[i] for text in self._examples[k].texts}
+        others = [text for text in self._captions if text not in own]
         return rng.sample(others, min(count, len(others)))
 
     def _pictures_for(self, i: int, text: int, rng: random.Random) -> list[tuple[int, int]]:
@@ -112,7 +116,8 @@ class Negatives:
             return []
         # not of examples that have this caption, in which it may be right
         caption = self._examples[i].texts[text]
-        apart = [at for at in self._pictures if at[0] != i and caption not in self._examples[at[0]].texts]
+        akin = self._akin[i]
+        apart = [at for at in self._pictures if at[0] not in akin and caption not in self._examples[at[0]].texts]
         return rng.sample(apart, min(count, len(apart)))
 
     def _count(self, i: int, asked: int | None) -> int:
@@ -133,19 +138,49 @@ class Negatives:
         return sorted([*right, *rng.sample(wrong, min(len(wrong), max(1, self._most - len(right))))])
 
 
+def check_validation(examples: Sequence[Example], validation: Sequence[Example]) -> None:
+    """Refuses validation examples that say nothing about others.
+
+    Raises:
+        OptionError: If they show pictures of the examples to learn from.
+    """
+    seen, shown = ([_pictures(e) for e in part] for part in (examples, validation))
+    known = frozenset[str]().union(*seen)
+    leaked = [e.id for e, own in zip(validation, shown, strict=True) if not known.isdisjoint(own)]
+    if leaked:
+        raise OptionError(
+            f"got {len(leaked)} validation examples with pictures that are learned from ({', '.join(leaked)[:200]}), "
+            "expected pictures of their own; take them out of either"
+        )
+
+
+def _pictures(example: Example) -> frozenset[str]:
+    """Hashes of its pictures."""
+    return frozenset(content_hash(load_image(image)) for image in example.images)
+
+
+def _akin(examples: Sequence[Example]) -> list[frozenset[int]]:
+    """Of each example the places of those that share a picture with it, itself among them."""
+    pictures = [_pictures(e) for e in examples]
+    shown: dict[str, set[int]] = {}
+    for i, own in enumerate(pictures):
+        for picture in own:
+            shown.setdefault(picture, set()).add(i)
+    return [frozenset({i}.union(*(shown[picture] for picture in own))) for i, own in enumerate(pictures)]
+
+
 def _apart(examples: Sequence[Example], seed: int) -> list[list[Example]]:
     """Groups of examples that share pictures, none with another group, in random order."""
-    root = list(range(len(examples)))  # of each example, one that shares a picture with it, no later in the list
-    first: dict[str, int] = {}
+    root = list(range(len(examples)))  # of each example, one that shares pictures with it, no later in the list
 
     def find(i: int) -> int:
         while root[i] != i:
             i = root[i]
         return i
 
-    for i, example in enumerate(examples):
-        for image in example.images:
-            a, b = find(i), find(first.setdefault(content_hash(load_image(image)), i))
+    for i, akin in enumerate(_akin(examples)):
+        for k in akin:
+            a, b = find(i), find(k)
             root[max(a, b)] = min(a, b)
     groups: dict[str, list[Example]] = {}
     for i, example in enumerate(examples):

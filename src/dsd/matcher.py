@@ -388,15 +388,33 @@ class Matcher:
         # layers come in the order in which a pass runs them
         return self._scorer.score.layers[: fewest_layers(np.split(found, ends), right, lost=lost, rest=rest)]
 
+    @property
+    def scale(self) -> float | None:
+        """What turns scores into log-odds; None without calibration, and for a score other than was calibrated.
+
+        Another seed, which is other noise, makes no other score.
+        """
+        if self.adapter is None:
+            return None
+        same = _unseeded(self.score_config) == _unseeded(self.adapter.score)
+        return self.adapter.scale if same else None
+
     def probability(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> np.ndarray:
         """How probable each caption is among those given, for each image: (n_images, n_texts), rows sum to one.
 
         Raises:
-            AdapterError: If no adapter is loaded, for only learning calibrates scores.
+            AdapterError: If no adapter is loaded, for only learning calibrates scores, or the score is another than was
+                calibrated.
         """
-        if self.adapter is None or self.adapter.scale is None:
-            raise AdapterError("got a matcher without calibration, expected an adapter that was fitted; use fit first")
-        logits = self.adapter.scale * self.score(images, texts).scores.astype(np.float64)
+        scale = self.scale
+        if scale is None:
+            told = self.adapter is not None and self.adapter.scale is not None
+            raise AdapterError(
+                "got another score, timesteps or layers than were calibrated, expected the adapter's; leave them out"
+                if told
+                else "got a matcher without calibration, expected an adapter that was fitted; use fit first"
+            )
+        logits = scale * self.score(images, texts).scores.astype(np.float64)
         odds = np.exp(logits - logits.max(1, keepdims=True))
         shares: np.ndarray = odds / odds.sum(1, keepdims=True)
         return shares
@@ -467,7 +485,7 @@ class Matcher:
     def forget(self) -> Self:
         """Takes away what was learned: the model is bare, and the score is the one that the matcher was made with.
 
-        Where that was learned too, it is the zero-shot score that was learned from.
+        Where that was learned too, it is the zero-shot score beside it, or of weights ``denoising``.
         """
         prompts.detach(self.backbone.denoiser)
         self.adapter = None
@@ -523,6 +541,11 @@ class Matcher:
     ) -> ImageDifference:
         """Why a caption fits one image better than another; see :func:`dsd.explain.compare_images`."""
         return compare_images(self._scorer, text, image_a, image_b, config=config)
+
+
+def _unseeded(config: ScoreConfig) -> ScoreConfig:
+    """The score whatever the noise."""
+    return replace(config, seed=0, bare=None if config.bare is None else replace(config.bare, seed=0))
 
 
 def _default_score(backbone: Backbone, kind: str = "denoising") -> ScoreConfig:

@@ -68,10 +68,8 @@ class Log:
                 f"got the log {self._path}, which is for TensorBoard, without that; expected it to be installed "
                 "(pip install tensorboard), or a file that ends in .jsonl"
             ) from None
-        except OSError as error:
-            raise OptionError(
-                f"{self._path}: got a log that cannot be written ({error.strerror}); choose another"
-            ) from None
+        except (OSError, ValueError) as error:
+            raise OptionError(f"{self._path}: got a log that cannot be written ({error}); choose another") from None
 
     def _drop_after(self, run: int, step: int) -> None:
         lines: list[str] = []

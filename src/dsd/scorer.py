@@ -99,6 +99,11 @@ class Scorer:
 
     def use(self, config: ScoreConfig, weights: Tensor | None = None) -> None:
         """Changes the score; encoded images and captions are kept."""
+        if self._given is not None and config.bare is not None and len(config.bare.timesteps) != len(config.timesteps):
+            raise OptionError(
+                f"got noise for a score of {len(config.timesteps)} timesteps and one of {len(config.bare.timesteps)} "
+                "that is added to it, which takes noise of its own; leave the noise out"
+            )
         self.score = Score(self.backbone, config, weights)
         self.noise = self._noise_of(config)
         self._bare = None if config.bare is None else Score(self.backbone, config.bare)

@@ -48,6 +48,8 @@ MANY = 50
 """Passes a pair of the Diffusion Classifier; its evenly spaced timesteps are those of a sweep."""
 FEW = (50, 150, 250, 350, 500)
 """Timesteps of attention that is taught: five passes a pair."""
+RULES = 2
+"""Of teaching and judging, beyond what configurations say: another number makes lessons anew."""
 SHOWN = 2
 """How many of the worst and of the closest examples are shown of a method on a task."""
 
@@ -163,7 +165,7 @@ class Cell:
         shots, seed: Of what it learned from; zero shots for none.
         outcomes: (examples,) of winoground whether the whole group is right, of others the share of choices won.
         passes: Of the denoiser, a pair.
-        seconds: Of learning, on one core; None where nothing is learned.
+        seconds: Of learning, on one core; None where nothing is learned, or where it went on after a stop.
         kept: Whether what was learned was kept over the score that it started from.
         calibration: Expected calibration error on held-out examples, where it was measured.
     """
@@ -410,6 +412,11 @@ def _path(folder: Path, item: Sequence[Any]) -> Path:
     return folder / "cells" / f"{name}.json"
 
 
+def _checkpoint(folder: Path, item: Sequence[Any]) -> Path:
+    """Where the state of a lesson is kept while it is being taught."""
+    return _path(folder, item).with_suffix(".checkpoint")
+
+
 def _adapter_path(folder: Path, task: str, level: str, method: str, shots: int) -> Path:
     """Where what a lesson of the first seed taught is kept."""
     return _path(folder, ("lesson", task, level, method, shots, 0)).with_suffix(".adapter")
@@ -419,10 +426,12 @@ def _made_by(config: StudyConfig, item: Sequence[Any]) -> dict[str, Any]:
     """What decides a measurement besides what the folder is of: other values make it anew."""
     if item[0] == "sweep" or item[3:4] == ("denoising",):
         return {"model": _digest("weights")}
-    if item[0] == "blind" or item[3] in RIVALS:
+    if item[0] == "blind":
         return {"model": _digest("clip_weights")}
+    if item[3] in RIVALS:
+        return {"model": _digest("clip_weights"), "rules": RULES}
     lesson = LESSONS[item[3]]
-    made: dict[str, Any] = {"model": _digest("weights"), **asdict(lesson)}
+    made: dict[str, Any] = {"model": _digest("weights"), **asdict(lesson), "rules": RULES}
     if lesson.config.method == "weights":  # heeds no more than these
         del made["prompt"]
         made["config"] = {name: made["config"][name] for name in HEEDED_BY_WEIGHTS}
@@ -466,6 +475,7 @@ def _do(folder: Path, config: StudyConfig, item: tuple[Any, ...]) -> None:
     values = {**makers[item[0]](folder, config, *item[1:]), "made_by": _made_by(config, item)}
     values["took"] = time.process_time() - start
     write_text(_path(folder, item), json.dumps(values) + "\n")
+    _checkpoint(folder, item).unlink(missing_ok=True)
 
 
 @cache
@@ -594,10 +604,11 @@ def _learn(
     fitting = replace(lesson.config, seed=seed)
     if config.max_steps is not None:
         fitting = replace(fitting, steps=config.max_steps)
-    checkpoint = _path(folder, ("lesson", task, level, method, shots, seed)).with_suffix(".checkpoint")
+    checkpoint = _checkpoint(folder, ("lesson", task, level, method, shots, seed))
+    anew = not checkpoint.exists()
     try:
         matcher.fit(few, config=fitting, prompt=lesson.prompt, checkpoint=checkpoint, resume=True)
-        seconds = time.process_time() - start
+        taken = time.process_time() - start if anew else None
         assert matcher.adapter is not None
         measured = matcher
         if lesson.score == "denoising" and not matcher.adapter.training["kept"]:
@@ -609,12 +620,9 @@ def _learn(
         training, passes = matcher.adapter.training, measured.score_config.passes
     finally:
         matcher.forget()
-    checkpoint.unlink(missing_ok=True)
     made = outcomes_of(task, examples, result.scores)
     error = training["calibration"]["error"]
-    cell = Cell(
-        method, task, level, shots, seed, tuple(map(float, made)), passes, seconds, bool(training["kept"]), error
-    )
+    cell = Cell(method, task, level, shots, seed, tuple(map(float, made)), passes, taken, bool(training["kept"]), error)
     return {"cell": asdict(cell)}
 
 

@@ -80,16 +80,18 @@ def teach(
     if out is not None and out.exists():
         matcher.load_adapter(out)
         return
+    checkpoint = None if out is None else Path(f"{out}.checkpoint")
     matcher.fit(
         lesson.examples,
         config=lesson.config,
         prompt=lesson.prompt,
-        checkpoint=None if out is None else f"{out}.checkpoint",
+        checkpoint=checkpoint,
         resume=True,
         progress=progress,
     )
-    if out is not None:
+    if out is not None and checkpoint is not None:
         matcher.save_pretrained(out)
+        checkpoint.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:

@@ -82,12 +82,11 @@ class Choices:
         Args:
             features: (rows, ...) => the same without rows.
         """
-        total, cells = np.zeros(features.shape[1:]), 0
-        for rows, real in zip(self.rows, self.real, strict=True):
-            own = features[rows[real]]
-            total += ((own - own.mean(0)) ** 2).sum(0)
-            cells += len(own)
-        spread = np.sqrt(total / max(1, cells))
+        total = np.zeros(features.shape[1:])
+        for width in np.unique(self.real.sum(1)):  # choices of so many candidates at once
+            own = features[self.rows[self.real.sum(1) == width][:, :width]]
+            total += ((own - own.mean(1, keepdims=True)) ** 2).sum((0, 1))
+        spread = np.sqrt(total / max(1, self.real.sum()))
         return np.where(spread > 1e-9, spread, 1.0)  # what never differs has no say
 
     def best_scale(self, scores: Float[np.ndarray, " rows"]) -> float:
@@ -214,9 +213,13 @@ def choose(losses: dict[float, np.ndarray]) -> float:
 
 
 def better(a: np.ndarray, b: np.ndarray, errors: float) -> bool:
-    """Whether losses ``a`` are below ``b`` by so many standard errors, widened for few examples (Student's t)."""
+    """Whether losses ``a`` are below ``b`` by so many standard errors, widened for few examples (Student's t).
+
+    A few that gain alike have no spread, and so seem beyond any doubt: there have to be as many that differ as a coin
+    would hardly bring up the same side of.
+    """
     gain = b - a
-    if len(gain) < 2 or not gain.mean() > 0:
+    if not gain.mean() > 0 or 0.5 ** np.count_nonzero(gain) > 1 - ndtr(errors):
         return False
     error = gain.std(ddof=1) / math.sqrt(len(gain))
     return bool(gain.mean() > error * stdtrit(len(gain) - 1, ndtr(errors)))

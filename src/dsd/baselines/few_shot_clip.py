@@ -31,7 +31,7 @@ from dsd.evaluate import dataset_checksum, write_text
 from dsd.images import load_image
 from dsd.jury import Judged, Jury, verdict
 from dsd.learn import FitConfig, choice_loss
-from dsd.lesson import Drawn, Negatives, choices_of, folds
+from dsd.lesson import Drawn, Negatives, check_validation, choices_of, folds
 from dsd.metrics import bootstrap_interval
 from dsd.weights import Choice, fit_weights
 
@@ -111,7 +111,9 @@ class FewShotClip(Clip):
                 "expected right and wrong candidates in each; add negatives to them"
             )
         self.tokens.check([text for e in (*examples, *(validation or ())) for text in e.texts])
+        self.learned, self.training = {}, {}
         self._use({})
+        check_validation(examples, validation or ())
         held = None if validation is None else list(validation)
         self.learned, record = self._learn(list(examples), held, config, progress)
         self.training = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 from dsd.cli.options import (
     WORLD_TASKS,
@@ -76,13 +77,14 @@ def _fit(a: argparse.Namespace) -> None:
     accelerator = accelerator_of(a)
     leads = accelerator is None or accelerator.is_main_process
     matcher = matcher_of(a)
+    checkpoint = Path(f"{a.out.rstrip('/')}.checkpoint")
     matcher.fit(
         examples,
         validation,
         config=config,
         prompt=prompt,
         progress=watched(),
-        checkpoint=f"{a.out.rstrip('/')}.checkpoint",
+        checkpoint=checkpoint,
         resume=a.resume,
         log=a.log,
         accelerator=accelerator,
@@ -90,6 +92,7 @@ def _fit(a: argparse.Namespace) -> None:
     if not leads:
         return
     out = matcher.save_pretrained(a.out)
+    checkpoint.unlink(missing_ok=True)  # not before what was learned is on disk
     assert matcher.adapter is not None
     training = matcher.adapter.training
     if a.format == "json":
@@ -105,7 +108,7 @@ def _fit(a: argparse.Namespace) -> None:
     say(f"{out}: learned from {training['examples']} examples; {judges}:")
     print_table([{"": name, "accuracy": f"{value:.3f}"} for name, value in rows], ("", "accuracy"))
     if not training["kept"]:
-        print("Learning was not clearly better there than the zero-shot score, which was kept.")
+        print("Learning was not clearly better there than zero-shot, or not worth its passes; zero-shot was kept.")
 
 
 def _export(a: argparse.Namespace) -> None:

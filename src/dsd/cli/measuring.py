@@ -125,7 +125,7 @@ def _eval(a: argparse.Namespace) -> None:
         examples,
         progress=watched(),
         credits=credits,
-        scale=None if matcher.adapter is None else matcher.adapter.scale,
+        scale=matcher.scale,
         out=folder,
         request=request,
         announce=lambda cost: _announce(cost, matcher.score_config),

@@ -74,7 +74,15 @@ def learning_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt-layers", metavar="L,L,...", help="of the cross-attention layers, such as mid_block")
     group.add_argument("--tokens", type=int, default=0, metavar="N", help="soft tokens, where these are learned")
     group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
+    group.add_argument("--batch", type=int, metavar="N", help="examples a step (default: 16)")
     group.add_argument("--learning-rate", type=float, metavar="LR")
+    group.add_argument("--weight-decay", type=float, metavar="X")
+    group.add_argument("--margin", type=float, metavar="X", help="of the hinge, in units of the spread of scores")
+    group.add_argument("--temperature", type=float, metavar="X", help="of the softmax, in the same units")
+    group.add_argument("--check-every", type=int, metavar="N", help="steps between looks at what is held out")
+    group.add_argument("--patience", type=int, metavar="N", help="looks without improvement before it stops")
+    group.add_argument("--jitter", type=int, metavar="N", help="timesteps are drawn so far from the score's at most")
+    group.add_argument("--draws", type=int, metavar="N", help="of noise, over which weights are learned")
     group.add_argument("--negatives", type=int, metavar="N", help="captions of others for each right pair")
     group.add_argument(
         "--image-negatives", type=int, metavar="N", help="pictures of other examples for each right pair"
@@ -246,7 +254,15 @@ def accelerator_of(a: argparse.Namespace) -> Any:
 
 _FIELDS = {
     "max_steps": "steps",
+    "batch": "batch",
     "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "margin": "margin",
+    "temperature": "temperature",
+    "check_every": "check_every",
+    "patience": "patience",
+    "jitter": "jitter",
+    "draws": "draws",
     "seed": "seed",
     "negatives": "negatives",
     "image_negatives": "image_negatives",

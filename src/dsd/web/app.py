@@ -180,8 +180,8 @@ class Service:
 
 def scale_of(matcher: Any) -> float | None:
     """What turns scores into log-odds; None if the matcher is not calibrated."""
-    adapter = getattr(matcher, "adapter", None)
-    return None if adapter is None else adapter.scale
+    scale: float | None = getattr(matcher, "scale", None)
+    return scale
 
 
 def shares(scores: np.ndarray, scale: float) -> np.ndarray:
