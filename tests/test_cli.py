@@ -763,7 +763,12 @@ def test_learning_makes_an_adapter(dsd: Command, lesson: Path, image: Path, tmp_
     assert list(out.parent.iterdir()) == [out]
     scored = dsd.json("score", image, "--text", "cat", "--adapter", out)
     assert scored["score"] == {"kind": "attention", "timesteps": [300], "seed": 2}
-    status, printed, err = dsd("fit", lesson, "--val", lesson, "--out", out, *FEW, "--model", dsd.model)
+    assert "are learned from" in dsd.refused("fit", lesson, "--val", lesson, "--out", out, *FEW)
+    lines = lesson.read_text().splitlines(keepends=True)
+    for name, part in (("few", lines[:3]), ("others", lines[3:])):
+        lesson.with_name(f"{name}.jsonl").write_text("".join(part))
+    few, others = (lesson.with_name(f"{name}.jsonl") for name in ("few", "others"))
+    status, printed, err = dsd("fit", few, "--val", others, "--out", out, *FEW, "--model", dsd.model)
     assert (status, err) == (0, "")
     assert "zero-shot" in printed
 
@@ -809,10 +814,9 @@ def test_bad_options_of_learning(dsd: Command, lesson: Path, tmp_path: Path, opt
 
 
 def test_options_that_weights_have_no_use_for(dsd: Command, lesson: Path, tmp_path: Path) -> None:
-    asked = ("fit", lesson, "--out", tmp_path / "adapter", "--method", "weights")
-    assert "got --patience, --hold-out with --method weights" in dsd.refused(
-        *asked, "--hold-out", "0.5", "--patience", 2
-    )
+    idle = ("--hold-out", "0.5", "--patience", "2")
+    said = dsd.refused("fit", lesson, "--out", tmp_path / "adapter", "--method", "weights", *idle)
+    assert "got --patience, --hold-out with --method weights" in said
 
 
 # Adapters

@@ -205,18 +205,8 @@ def test_two_processes_learn_what_one_does(pipe: Pipe, tmp_path: Path) -> None:
     manifest = write(tmp_path, toy(15))
     dsd = [str(Path(sys.executable).with_name("dsd")), "fit", str(manifest), "--model", pipe(), "--device", "cpu"]
     dsd += ["--score", "attention", "--timesteps", "20,100", "--learning-rate", "0.03", "--max-steps", "20"]
-    dsd += [
-        "--folds",
-        "2",
-        "--method",
-        "prompt+tokens",
-        "--patience",
-        "9",
-        "--format",
-        "json",
-        "--log",
-        str(tmp_path / "log.jsonl"),
-    ]
+    dsd += ["--folds", "2", "--method", "prompt+tokens", "--patience", "9"]
+    dsd += ["--format", "json", "--log", str(tmp_path / "log.jsonl")]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision"]
     launch += ["no", "--dynamo_backend", "no", "--num_processes", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

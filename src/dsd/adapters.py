@@ -216,6 +216,8 @@ def check_out(folder: str | os.PathLike[str]) -> Path:
     out = Path(folder)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent):
+            pass  # what cannot be written is found out before hours of learning
         taken = out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _CONFIG).exists()))
     except OSError as error:
         raise AdapterError(f"{out}: got a path that cannot be written ({error.strerror}); choose another") from None
