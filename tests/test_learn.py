@@ -345,7 +345,7 @@ def test_tokens_survive_the_disk(pipe: Pipe, tmp_path: Path, method: Any, monkey
     with monkeypatch.context() as patch:
         looks_as(patch, change)
         made = scorer(pipe)
-        adapter = fit(made, toy(6), config=replace(QUICK, method=method, draws=1), prompt=PromptConfig(rank=2))
+        adapter = fit(made, toy(8), config=replace(QUICK, method=method, draws=1), prompt=PromptConfig(rank=2))
     assert adapter.prompts is not None
     assert adapter.prompts.tokens == adapt.SOFT_TOKENS
     assert len(adapter.state[prompts.TOKENS]) == adapt.SOFT_TOKENS
