@@ -486,9 +486,11 @@ def _fit_weights(
         "validation": _figures(before, after if kept else before, config.seed),
         "curve": [],
     }
-    if taught is not None:  # before is zero-shot, not before weights
-        before_all = {"before": taught.training["validation"]["before"]}
-        training = {**taught.training, **({"validation": {**training["validation"], **before_all}} if kept else {})}
+    if taught is not None and not kept:
+        training = dict(taught.training)
+    elif taught is not None:  # before is zero-shot, not before weights
+        training = {**taught.training, "validation": training["validation"]}
+        training["validation"]["before"] = taught.training["validation"]["before"]
     # no number in JSON is infinite
     tried = [{"strength": s if math.isfinite(s) else None, "loss": loss} for s, loss in fitted.losses.items()]
     training["weights"] = {

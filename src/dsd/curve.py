@@ -23,9 +23,8 @@ from dsd.adapt import turns_of
 from dsd.adapters import fingerprint
 from dsd.contracts import Example, ManifestError, OptionError
 from dsd.evaluate import Metric, dataset_checksum, evaluate, installed_versions, write_text
-from dsd.images import content_hash, load_image
 from dsd.learn import FitConfig
-from dsd.lesson import check_validation, folds
+from dsd.lesson import check_validation, folds, pictures_of
 from dsd.matcher import Matcher
 from dsd.metrics import crossed_interval, outcomes, paired_difference
 from dsd.prompts import PromptConfig
@@ -350,8 +349,8 @@ def _check_examples(
             "expected right and wrong candidates in each; add negatives to them"
         )
     check_validation(pool, validation or ())
-    seen = {picture for e in learned for picture in _pictures(e)}
-    leaked = [e.id for e in held_out if not seen.isdisjoint(_pictures(e))]
+    seen = {picture for e in learned for picture in pictures_of(e)}
+    leaked = [e.id for e in held_out if not seen.isdisjoint(pictures_of(e))]
     if leaked:
         raise OptionError(
             f"got {len(leaked)} held-out examples with pictures that may be learned from ({', '.join(leaked)[:200]}), "
@@ -383,10 +382,6 @@ def _check_fewest(drawn: Sequence[Example], validated: bool, config: FitConfig) 
 def _blind(examples: Sequence[Example]) -> np.ndarray:
     """What a blind guess wins of each example, NaN where there is nothing to guess: (n,) float."""
     return outcomes(examples, [np.zeros((len(e.images), len(e.texts))) for e in examples])
-
-
-def _pictures(example: Example) -> set[str]:
-    return {content_hash(load_image(image)) for image in example.images}
 
 
 def _described(examples: Sequence[Example]) -> dict[str, Any]:

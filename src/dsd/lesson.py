@@ -144,7 +144,7 @@ def check_validation(examples: Sequence[Example], validation: Sequence[Example])
     Raises:
         OptionError: If they show pictures of the examples to learn from.
     """
-    seen, shown = ([_pictures(e) for e in part] for part in (examples, validation))
+    seen, shown = ([pictures_of(e) for e in part] for part in (examples, validation))
     known = frozenset[str]().union(*seen)
     leaked = [e.id for e, own in zip(validation, shown, strict=True) if not known.isdisjoint(own)]
     if leaked:
@@ -154,14 +154,14 @@ def check_validation(examples: Sequence[Example], validation: Sequence[Example])
         )
 
 
-def _pictures(example: Example) -> frozenset[str]:
+def pictures_of(example: Example) -> frozenset[str]:
     """Hashes of its pictures."""
     return frozenset(content_hash(load_image(image)) for image in example.images)
 
 
 def _akin(examples: Sequence[Example]) -> list[frozenset[int]]:
     """Of each example the places of those that share a picture with it, itself among them."""
-    pictures = [_pictures(e) for e in examples]
+    pictures = [pictures_of(e) for e in examples]
     shown: dict[str, set[int]] = {}
     for i, own in enumerate(pictures):
         for picture in own:

@@ -111,9 +111,9 @@ class FewShotClip(Clip):
                 "expected right and wrong candidates in each; add negatives to them"
             )
         self.tokens.check([text for e in (*examples, *(validation or ())) for text in e.texts])
+        check_validation(examples, validation or ())
         self.learned, self.training = {}, {}
         self._use({})
-        check_validation(examples, validation or ())
         held = None if validation is None else list(validation)
         self.learned, record = self._learn(list(examples), held, config, progress)
         self.training = {
