@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,51 @@ def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatc
     assert run(tmp_path, smaller) == replace(again, asked=smaller)
     with pytest.raises(OptionError, match="another request"):
         run(tmp_path, replace(SMALL, held_out=4))
+
+
+@pytest.mark.slow
+def test_weights_go_on_from_the_prompts_of_another_lesson(tmp_path: Path, made: list[tuple[Any, ...]]) -> None:
+    both = replace(SMALL, tasks=("comvg",), methods=("dsd prompt", "dsd prompt + weights"), shots=(24,))
+    item = ("lesson", "comvg", "standard", "dsd prompt + weights", 24, 0)
+    study._do(tmp_path / "alone", both, item)
+    alone = study._kept(tmp_path / "alone", both, item)
+    assert alone is not None
+    taught = study._taught(tmp_path / "after", (*item[:3], "dsd prompt", *item[4:]))
+    study._do(tmp_path / "after", both, (*item[:3], "dsd prompt", *item[4:]))
+    assert taught.exists()
+    study._do(tmp_path / "after", both, item)
+    after = study._kept(tmp_path / "after", both, item)
+    assert after is not None
+    assert not taught.exists()
+    assert not list((tmp_path / "after" / "cells").glob("*.checkpoint"))
+    known = study._kept(tmp_path / "after", both, (*item[:3], "dsd prompt", *item[4:]))
+    assert known is not None
+    assert after["cell"].pop("seconds") > known["cell"]["seconds"]
+    alone["cell"].pop("seconds")
+    assert after["cell"] == alone["cell"]
+    assert after["took"] < alone["took"]
+
+
+@pytest.mark.slow
+def test_one_file_is_enough_to_go_on_from(tmp_path: Path, made: list[tuple[Any, ...]]) -> None:
+    grid = replace(SMALL, tasks=("comvg",), methods=("dsd weights",))
+    first = run(tmp_path, grid)
+    data = study.pack(tmp_path, grid).read_bytes()
+    assert study.pack(tmp_path, grid).read_bytes() == data
+    shutil.rmtree(tmp_path / "cells")
+    assert gather(tmp_path, grid).cells == first.cells
+    assert gather(tmp_path, grid).places == first.places
+    made.clear()
+    larger = replace(grid, seeds=2)
+    second = run(tmp_path, larger)
+    assert [item[0] for item in made] == ["lesson", "failures"]
+    study.pack(tmp_path, larger)
+    shutil.rmtree(tmp_path / "cells")
+    study.pack(tmp_path, grid)  # a smaller grid takes nothing away
+    assert gather(tmp_path, larger).cells == second.cells
+    (tmp_path / study.PACK).write_bytes(b"nothing of the kind")
+    with pytest.raises(OptionError, match="cannot be read"):
+        gather(tmp_path, grid)
 
 
 @pytest.mark.parametrize(

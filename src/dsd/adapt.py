@@ -37,7 +37,7 @@ from dsd import prompts
 from dsd.adapters import Adapter, fingerprint
 from dsd.contracts import Example, OptionError, Pair
 from dsd.evaluate import dataset_checksum
-from dsd.jury import PARTS, Judged, Jury, verdict
+from dsd.jury import DOUBT, FEWEST, PARTS, Judged, Jury, verdict
 from dsd.learn import WEIGHTS, FitConfig, Learner, Team, Trail, checkpointed, held_out_scores, importance, learn
 from dsd.lesson import Negatives, check_validation, choices_of, folds, split
 from dsd.metrics import bootstrap_interval
@@ -85,7 +85,8 @@ def fit(
         prompt: Where prompts go; their soft tokens count if the method has ``tokens``.
         checkpoint: A file to keep the state of training in; delete it when the adapter is saved. ``weights`` starts
             anew.
-        resume: Go on from ``checkpoint`` if it is there; the result is the same as without the stop.
+        resume: Go on from ``checkpoint`` if it is there; the result is the same as without the stop. What one method
+            learned by gradient, the same and ``weights`` goes on from.
         log: Where to write loss and learning rate step by step: a ``.jsonl`` file, or a folder for TensorBoard.
         accelerator: Brings several processes, which share each batch, and mixed precision (bf16). Every process must
             call this with the same arguments; every one gets the adapter.
@@ -259,7 +260,10 @@ class _Gradient:
         """
         data = [[dataset_checksum(t.examples), dataset_checksum(t.held_out)] for t in turns]
         placed = None if self.prompt is None else asdict(self.prompt)
-        asked: list[Any] = [self.base, asdict(self.config), placed, self.zero.to_dict(), self.scorer.size, data]
+        # weights that follow have no share in this, so that they can follow later, too
+        method = "+".join(piece for piece in self.config.method.split("+") if piece != "weights")
+        config = {**asdict(self.config), "method": method, "draws": None, "apart": self.apart}
+        asked: list[Any] = [self.base, config, placed, self.zero.to_dict(), self.scorer.size, data]
         if self.scorer.noise_was_given:
             asked.append(hashlib.blake2b(self.scorer.noise.cpu().numpy().tobytes(), digest_size=16).hexdigest())
         request = json.dumps(asked, sort_keys=True)
@@ -274,6 +278,8 @@ class _Gradient:
         held_out = [e for turn in turns for e in turn.held_out]
         jury = Jury(held_out)
         steps, _ = self.config.schedule
+        if len(held_out) < FEWEST:
+            steps = 0  # whatever is learned, it could not be kept
         runs = len(turns) + (len(turns) > 1)
         bar = tqdm(desc="learning", unit="step", total=runs * steps, disable=not (progress and self.team.leads))
         with bar:
@@ -459,7 +465,7 @@ def _fit_weights(
     plain, found = (flat[0] @ prior[-1])[own], fitted.scores[own]
     kept = math.isfinite(fitted.strength)
     if taught is not None:
-        kept = better(fitted.after, jury.judge(plain).loss, 2)
+        kept = better(fitted.after, jury.judge(plain).loss, DOUBT)
     learned = replace(zero, kind=WEIGHTED, layers=features.layers, weights=None)
     before, after = jury.accuracy(plain), jury.accuracy(found)
     if validation is not None:

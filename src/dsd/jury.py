@@ -15,9 +15,14 @@ from jaxtyping import Float, Int
 from dsd.contracts import Example
 from dsd.lesson import choices_of
 from dsd.metrics import expected_calibration_error, reliability, wins
-from dsd.weights import Choice, Choices, better
+from dsd.weights import Choice, Choices, better, fewest
 
 Rows = Int[np.ndarray, " rows"]
+
+DOUBT = 2
+"""Standard errors that something has to be better by: one would let a handful of examples do harm."""
+FEWEST = fewest(DOUBT)
+"""Held-out examples without which nothing is better beyond doubt."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +48,10 @@ class Judged:
         return float(self.accuracy.mean()), -float(self.loss.mean())
 
     def beats(self, before: Judged) -> bool:
-        """Whether it is better beyond doubt: accuracy or loss, by two standard errors, and accuracy no worse.
-
-        One would let a handful of examples do harm.
-        """
+        """Whether it is better beyond doubt: accuracy or loss, by :data:`DOUBT`, and accuracy no worse."""
         if self.accuracy.mean() < before.accuracy.mean():
             return False
-        return better(-self.accuracy, -before.accuracy, 2) or better(self.loss, before.loss, 2)
+        return better(-self.accuracy, -before.accuracy, DOUBT) or better(self.loss, before.loss, DOUBT)
 
 
 class Jury:

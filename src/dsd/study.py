@@ -7,11 +7,14 @@ kept in files that appear whole; :mod:`dsd.study_report` turns them into tables,
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import time
+import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import suppress
@@ -28,7 +31,7 @@ from tqdm import tqdm
 from dsd.backbone import Backbone, load_backbone
 from dsd.baselines import baseline
 from dsd.contracts import Example, OptionError
-from dsd.evaluate import claim, dataset_checksum, evaluate, write_text
+from dsd.evaluate import claim, dataset_checksum, evaluate, write_bytes, write_text
 from dsd.explanation import ExplainConfig
 from dsd.learn import HEEDED_BY_WEIGHTS, FitConfig
 from dsd.matcher import Matcher
@@ -50,6 +53,8 @@ FEW = (50, 150, 250, 350, 500)
 """Timesteps of attention that is taught: five passes a pair."""
 RULES = 2
 """Of teaching and judging, beyond what configurations say: another number makes lessons anew."""
+PACK = "measurements.jsonl.gz"
+"""All measurements of a study in one file, which is enough to go on from."""
 SHOWN = 2
 """How many of the worst and of the closest examples are shown of a method on a task."""
 
@@ -295,10 +300,11 @@ def gather(out: str | os.PathLike[str], config: StudyConfig) -> Study:
             steps.
     """
     folder = Path(out)
-    if not any((folder / "cells").glob("*.json")):
+    if not (folder / PACK).exists() and not any((folder / "cells").glob("*.json")):
         raise OptionError(f"got {str(out)!r} without measurements, expected the folder of a study; make one first")
     _claim(folder, config)
-    there = [i for i in _lessons(folder) if i[1:3] in config.places and _holds(folder, config, i)]
+    asked, known = _work(config), _known(folder, config)
+    there = [item for item in known if item[0] == "lesson" and _holds(folder, config, item)]
     order = (*LESSONS, *RIVALS)
     whole = replace(
         config,
@@ -306,9 +312,7 @@ def gather(out: str | os.PathLike[str], config: StudyConfig) -> Study:
         shots=tuple(sorted({*config.shots, *(item[4] for item in there)})),
         seeds=max([config.seeds, *(1 + item[5] for item in there)]),
     )
-    asked = _work(config)
-    work = list(dict.fromkeys((*asked, *there)))
-    found = {item: values for item in work if (values := _kept(folder, config, item)) is not None}
+    found = {item: values for item in known if (values := _kept(folder, config, item)) is not None}
     cells = [_cell(values["cell"]) for item, values in found.items() if item[0] == "lesson"]
     cells.sort(key=lambda c: (order.index(c.method), c.shots, c.seed))
     shown = {item: values for item in _shown(config, cells) if (values := _kept(folder, config, item)) is not None}
@@ -327,6 +331,38 @@ def gather(out: str | os.PathLike[str], config: StudyConfig) -> Study:
         ),
         config,
     )
+
+
+def pack(out: str | os.PathLike[str], config: StudyConfig) -> Path:
+    """Puts all measurements of a study, but for failures, into one file; returns where.
+
+    It can be read line by line (each has a name and the values), and a study goes on from it as from ``cells/``.
+    """
+    folder = Path(out)
+    fresh = {_name(item): values for item in _known(folder, config) if (values := _kept(folder, config, item))}
+    lines = {**_pack_of(folder), **fresh}  # those of other grids stay
+    text = "".join(json.dumps({"name": name, **values}) + "\n" for name, values in sorted(lines.items()))
+    write_bytes(folder / PACK, gzip.compress(text.encode(), mtime=0))
+    return folder / PACK
+
+
+@cache
+def _packed(path: Path, _changed: float) -> dict[str, dict[str, Any]]:
+    """Measurements in a :data:`PACK`, by name.
+
+    Raises:
+        OptionError: If it cannot be read.
+    """
+    try:
+        lines = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+        return {line.pop("name"): line for line in lines}
+    except (OSError, EOFError, ValueError, KeyError, zlib.error) as error:
+        raise OptionError(f"{path}: got a file that cannot be read ({error}); delete it") from None
+
+
+def _pack_of(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / PACK
+    return _packed(path, path.stat().st_mtime) if path.exists() else {}
 
 
 def _claim(folder: Path, config: StudyConfig) -> None:
@@ -377,12 +413,22 @@ def _shown(config: StudyConfig, cells: Sequence[Cell]) -> list[tuple[Any, ...]]:
 
 def _lessons(folder: Path) -> list[tuple[Any, ...]]:
     """Lessons in the folder, whether they still hold or not."""
-    found = []
+    kept = [values for name, values in _pack_of(folder).items() if name.startswith("lesson-")]
     for path in sorted((folder / "cells").glob("lesson-*.json")):
-        with suppress(ValueError, KeyError):  # broken: made again when asked for
-            cell = json.loads(path.read_text("utf-8"))["cell"]
+        with suppress(ValueError):  # broken: made again when asked for
+            kept.append(json.loads(path.read_text("utf-8")))
+    found = []
+    for values in kept:
+        with suppress(KeyError, TypeError):
+            cell = values["cell"]
             found.append(("lesson", cell["task"], cell["level"], cell["method"], cell["shots"], cell["seed"]))
-    return found
+    return list(dict.fromkeys(found))
+
+
+def _known(folder: Path, config: StudyConfig) -> list[tuple[Any, ...]]:
+    """The measurements of the grid, and lessons that the folder has besides at its places."""
+    there = [i for i in _lessons(folder) if i[1:3] in config.places and _holds(folder, config, i)]
+    return list(dict.fromkeys((*_work(config), *there)))
 
 
 def _share(folder: Path, config: StudyConfig, left: Sequence[tuple[Any, ...]], jobs: int, bar: Any) -> None:
@@ -406,15 +452,33 @@ def _share(folder: Path, config: StudyConfig, left: Sequence[tuple[Any, ...]], j
             raise
 
 
+def _name(item: Sequence[Any]) -> str:
+    return "-".join(str(part) for part in item).replace(" ", "_").replace(",", "").replace("+", "and")
+
+
 def _path(folder: Path, item: Sequence[Any]) -> Path:
-    """Where a measurement is kept."""
-    name = "-".join(str(part) for part in item).replace(" ", "_").replace(",", "").replace("+", "and")
-    return folder / "cells" / f"{name}.json"
+    """Where a measurement is kept as it is made."""
+    return folder / "cells" / f"{_name(item)}.json"
 
 
 def _checkpoint(folder: Path, item: Sequence[Any]) -> Path:
     """Where the state of a lesson is kept while it is being taught."""
     return _path(folder, item).with_suffix(".checkpoint")
+
+
+def _taught(folder: Path, item: Sequence[Any]) -> Path:
+    """Where the state of a lesson that was taught waits for another that goes on from it."""
+    return _path(folder, item).with_suffix(".taught")
+
+
+def _first(method: str) -> str | None:
+    """The lesson that teaches what this one goes on from, if any: the same but for the weights that follow."""
+    lesson = LESSONS.get(method)
+    for name, other in LESSONS.items() if lesson is not None else ():
+        config = replace(other.config, method=lesson.config.method, draws=lesson.config.draws)
+        if other.config.pieces == lesson.config.pieces - {"weights"} and replace(other, config=config) == lesson:
+            return name
+    return None
 
 
 def _adapter_path(folder: Path, task: str, level: str, method: str, shots: int) -> Path:
@@ -454,7 +518,7 @@ def _kept(folder: Path, config: StudyConfig, item: Sequence[Any]) -> dict[str, A
     try:
         values: dict[str, Any] = json.loads(_path(folder, item).read_text("utf-8"))
     except (OSError, ValueError):
-        return None
+        values = _pack_of(folder).get(_name(item), {})
     return values if values.get("made_by") == json.loads(json.dumps(_made_by(config, item))) else None
 
 
@@ -475,7 +539,15 @@ def _do(folder: Path, config: StudyConfig, item: tuple[Any, ...]) -> None:
     values = {**makers[item[0]](folder, config, *item[1:]), "made_by": _made_by(config, item)}
     values["took"] = time.process_time() - start
     write_text(_path(folder, item), json.dumps(values) + "\n")
-    _checkpoint(folder, item).unlink(missing_ok=True)
+    if item[0] != "lesson":
+        return
+    task, level, method, shots, seed = item[1:]
+    if (first := _first(method)) is not None:
+        _taught(folder, ("lesson", task, level, first, shots, seed)).unlink(missing_ok=True)
+    checkpoint = _checkpoint(folder, item)
+    if checkpoint.exists() and any(_first(other) == method for other in config.methods):
+        checkpoint.replace(_taught(folder, item))
+    checkpoint.unlink(missing_ok=True)
 
 
 @cache
@@ -605,10 +677,16 @@ def _learn(
     if config.max_steps is not None:
         fitting = replace(fitting, steps=config.max_steps)
     checkpoint = _checkpoint(folder, ("lesson", task, level, method, shots, seed))
-    anew = not checkpoint.exists()
+    anew, before = not checkpoint.exists(), 0.0
+    if anew and (first := _first(method)) is not None:
+        item = ("lesson", task, level, first, shots, seed)
+        done = _kept(folder, config, item)
+        if done is not None and done["cell"]["seconds"] is not None and _taught(folder, item).exists():
+            shutil.copyfile(_taught(folder, item), checkpoint)
+            before = done["cell"]["seconds"]
     try:
         matcher.fit(few, config=fitting, prompt=lesson.prompt, checkpoint=checkpoint, resume=True)
-        taken = time.process_time() - start if anew else None
+        taken = before + time.process_time() - start if anew else None
         assert matcher.adapter is not None
         measured = matcher
         if lesson.score == "denoising" and not matcher.adapter.training["kept"]:

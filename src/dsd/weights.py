@@ -215,11 +215,15 @@ def choose(losses: dict[float, np.ndarray]) -> float:
 def better(a: np.ndarray, b: np.ndarray, errors: float) -> bool:
     """Whether losses ``a`` are below ``b`` by so many standard errors, widened for few examples (Student's t).
 
-    A few that gain alike have no spread, and so seem beyond any doubt: there have to be as many that differ as a coin
-    would hardly bring up the same side of.
+    A few that gain alike have no spread, and so seem beyond any doubt: :func:`fewest` have to differ.
     """
     gain = b - a
-    if not gain.mean() > 0 or 0.5 ** np.count_nonzero(gain) > 1 - ndtr(errors):
+    if not gain.mean() > 0 or np.count_nonzero(gain) < fewest(errors):
         return False
     error = gain.std(ddof=1) / math.sqrt(len(gain))
     return bool(gain.mean() > error * stdtrit(len(gain) - 1, ndtr(errors)))
+
+
+def fewest(errors: float) -> int:
+    """How many examples :func:`better` needs: as many as a coin would hardly bring up the same side of."""
+    return math.ceil(-math.log2(1 - ndtr(errors)))

@@ -54,7 +54,7 @@ def _world(a: argparse.Namespace) -> None:
 
 
 def _study(a: argparse.Namespace) -> None:
-    from dsd.study import FULL, QUICK, StudyConfig, gather, run, task_of
+    from dsd.study import FULL, QUICK, StudyConfig, gather, pack, run, task_of
     from dsd.study_report import summary, write_report
 
     named = {"tasks": (a.tasks, ","), "levels": (a.levels, ","), "methods": (a.methods, ";")}
@@ -78,7 +78,7 @@ def _study(a: argparse.Namespace) -> None:
             progress=watched(),
         )
     shown = {task: task_of(task, "val", config.levels[0], 1, 0)[0] for task in config.tasks}
-    written = write_report(made, out, shown)
+    written = [*write_report(made, out, shown), pack(out, config)]
     found = summary(made)
     if a.format == "json":
         print_json({"out": out, **found})

@@ -68,6 +68,7 @@ def add(commands: Commands) -> None:
 
 def _fit(a: argparse.Namespace) -> None:
     from dsd.adapters import check_out
+    from dsd.jury import FEWEST
     from dsd.tasks import read_manifest
 
     examples = read_manifest(a.manifest)
@@ -107,8 +108,15 @@ def _fit(a: argparse.Namespace) -> None:
     )
     say(f"{out}: learned from {training['examples']} examples; {judges}:")
     print_table([{"": name, "accuracy": f"{value:.3f}"} for name, value in rows], ("", "accuracy"))
-    if not training["kept"]:
-        print("Learning was not clearly better there than zero-shot, or not worth its passes; zero-shot was kept.")
+    if training["kept"]:
+        return
+    if training["validation_examples"] < FEWEST:
+        print(
+            f"So few held-out examples cannot show that learning helps ({FEWEST} might); zero-shot was kept. Give more "
+            "examples, or hold out more of them."
+        )
+        return
+    print("Learning was not clearly better there than zero-shot, or not worth its passes; zero-shot was kept.")
 
 
 def _export(a: argparse.Namespace) -> None:
