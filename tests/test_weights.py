@@ -19,6 +19,7 @@ from dsd.adapt import fit
 from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
 from dsd.contracts import AdapterError, Example, OptionError
+from dsd.jury import Jury
 from dsd.learn import HEEDED_BY_WEIGHTS, FitConfig, Learner, choice_loss, importance
 from dsd.lesson import choices_of, folds
 from dsd.matcher import Matcher
@@ -440,7 +441,7 @@ def test_weights_of_heads_learn(pipe: Pipe, method: Any, monkeypatch: pytest.Mon
     looks_as(monkeypatch, look)
     made = Scorer(load_backbone(pipe()), ScoreConfig("attention", TIMESTEPS))
     zero = made.predict(PAIRS)
-    adapter = fit(made, toy(6, 0), toy(2, 1), config=replace(QUICK, method=method))
+    adapter = fit(made, toy(6, 0), toy(6, 1), config=replace(QUICK, method=method))
     assert np.abs(seen[0] - zero).max() < 1e-5
     assert adapter.score == replace(LEARNED, layers=Features(made.backbone).layers)
     assert (adapter.prompts is not None) == (method == "prompt+heads") == bool(adapter.state)
@@ -460,7 +461,7 @@ def test_a_stopped_fit_of_heads_goes_on(
     looks_as(monkeypatch, lambda _: 1 / next(looks))
 
     def run(**given: Any) -> Adapter:
-        return fit(Scorer(load_backbone(pipe()), ScoreConfig("attention", TIMESTEPS)), toy(6, 0), toy(2, 1), **given)
+        return fit(Scorer(load_backbone(pipe()), ScoreConfig("attention", TIMESTEPS)), toy(6, 0), toy(6, 1), **given)
 
     whole = run(config=config)
     step = Learner.step
@@ -491,27 +492,48 @@ def test_heads_of_a_score_without_heads(pipe: Pipe) -> None:
 
 
 @pytest.mark.parametrize("better", [True, False])
-def test_prompts_then_weights(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, better: bool) -> None:
-    """Weights are fitted on examples that the prompts were not taught on, or on all if no prompts were kept."""
+@pytest.mark.parametrize("bare_is_better", [True, False])
+def test_prompts_then_weights(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, better: bool, bare_is_better: bool) -> None:
+    """Weights of the bare model, and on examples that kept prompts were not taught on: the better ones of them."""
     count = iter(range(1, 100))
     looks_as(monkeypatch, lambda _: 1 / next(count) if better else 1.0)
     used: list[int] = []
-    real = adapt.fit_weights
+    real, judged_by = adapt.fit_weights, adapt._Weighed.judged_by
 
     def spy(*given: Any) -> Any:
         used.append(len(given[2]))
-        assert len(given[4]) == (2 if better else 1)
+        assert len(given[4]) == (1 if len(used) == 1 else 2)
         return real(*given)
 
+    def judge(weighed: Any, examples: Any) -> Any:
+        assert len(examples) == 12
+        found = judged_by(weighed, examples)
+        best = (weighed.adapter.prompts is None) == bare_is_better
+        return replace(found, accuracy=np.full(12, float(best)))
+
     monkeypatch.setattr(adapt, "fit_weights", spy)
+    monkeypatch.setattr(adapt._Weighed, "judged_by", judge)
     made = Scorer(load_backbone(pipe()), ScoreConfig("attention", TIMESTEPS))
     config = replace(QUICK, method="prompt+weights", validation=0.5, draws=1)
     adapter = fit(made, toy(24, 0), config=config)
-    assert used == [12 if better else 24]
-    assert (adapter.prompts is not None) == better == bool(prompts.parameters(made.backbone.denoiser))
+    assert used == ([24, 12] if better else [24])
+    prompted = better and not bare_is_better
+    assert (adapter.prompts is not None) == prompted == bool(prompts.parameters(made.backbone.denoiser))
+    assert adapter.score == made.score.config
     scores = made.predict(PAIRS)
     fresh = load_backbone(pipe())
     assert np.array_equal(Matcher(fresh, adapter=adapter).predict(PAIRS), scores)
+
+
+def test_what_was_fitted_is_judged_by_scores_out_of_fold(pipe: Pipe) -> None:
+    examples = toy(12, 0, shuffled=True)
+    made = Scorer(load_backbone(pipe()), DENOISING)
+    found = adapt._fit_weights(made, [adapt._Part(examples)], None, replace(WEIGHTS, draws=1), None, False)
+    assert found.adapter.weights is None  # zero-shot was kept, which learned from nothing
+    assert found.scores == pytest.approx(made.predict(Jury(examples).pairs), abs=1e-4)
+    some = examples[3:8]
+    rows = np.split(found.scores, np.cumsum([len(e.pairs) for e in examples])[:-1])[3:8]
+    assert found.judged_by(some).rank == Jury(some).judge(np.concatenate(rows)).rank
 
 
 # Through the facade, and on disk

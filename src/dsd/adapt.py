@@ -9,7 +9,7 @@
 - ``weights``: weights of all heads and of the denoising score (:mod:`dsd.weights`), on a frozen model, in a few passes
   over the examples.
 - Sums of these, such as ``prompt+heads``: what is learned by gradient is learned at once, and ``weights`` then on the
-  model as it was taught.
+  model as it was taught, and on the bare one; held-out examples say which are kept.
 
 No examples to stop by need be given: all are held out by turns, which says at which step to stop, how probable a score
 makes a match, and whether learning is clearly better than the score it starts from, and no worse than that in as many
@@ -111,7 +111,7 @@ def fit(
     prompts.check_bare(denoiser)
     try:
         if config.method == "weights":
-            return _fit_weights(scorer, [_Part(list(examples))], validation or None, config, None, progress)
+            return _fit_weights(scorer, [_Part(list(examples))], validation or None, config, None, progress).adapter
         turns = turns_of(examples, validation, config)
         if "weights" in config.pieces and len(turns) == 1 and len(turns[0].held_out) > 1:
             folds(turns[0].held_out, config.folds, config.seed)  # refuses now what would be refused after learning
@@ -122,10 +122,12 @@ def fit(
                 turns, list(examples), resume, progress
             )
         if "weights" in config.pieces:
-            # prompts fit their own examples too well for weights to be learned from these: each example is seen with
-            # prompts that did not learn from it
-            parts, taught = (parts, adapter) if adapter.prompts is not None else ([_Part(list(examples))], None)
-            adapter = _fit_weights(scorer, parts, None, config, taught, progress)
+            prompts.detach(denoiser)
+            scorer.use(zero)
+            bare = _fit_weights(scorer, [_Part(list(examples))], validation or None, config, None, progress)
+            adapter = (
+                bare.adapter if adapter.prompts is None else _follow(scorer, adapter, parts, bare, config, progress)
+            )
         return adapter
     except BaseException:
         prompts.detach(denoiser)
@@ -410,6 +412,54 @@ def _figures(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, floa
     return {"before": float(before.mean()), "after": value, "low": low, "high": high}
 
 
+@dataclass(frozen=True)
+class _Weighed:
+    """What weights of features came to.
+
+    Attributes:
+        adapter: With them, or without if they were not kept.
+        examples: That it was judged by.
+        scores: (pairs,) of these, as far as they were learned from, out of fold.
+    """
+
+    adapter: Adapter
+    examples: list[Example]
+    scores: np.ndarray
+
+    def judged_by(self, examples: Sequence[Example]) -> Judged:
+        """How it fares on some of its examples."""
+        ends = np.cumsum([len(e.pairs) for e in self.examples])[:-1]
+        of = {id(e): s for e, s in zip(self.examples, np.split(self.scores, ends), strict=True)}
+        return Jury(examples).judge(np.concatenate([of[id(e)] for e in examples]))
+
+
+def _follow(
+    scorer: Scorer, adapter: Adapter, parts: Sequence[_Part], bare: _Weighed, config: FitConfig, progress: bool
+) -> Adapter:
+    """Fits weights of the model as it was taught, and gives the scorer these or those of the bare model.
+
+    Prompts were kept for being better than what they started from. That may be attention alone, and the denoising score
+    of the bare model, which the weights of its features start from, better than either.
+
+    Args:
+        adapter: What was taught.
+        parts: As :meth:`_Gradient.fit` gives them.
+        bare: Weights of the bare model.
+    """
+    denoiser = scorer.backbone.denoiser
+    assert adapter.prompts is not None
+    prompts.attach(denoiser, adapter.prompts)
+    scorer.use(adapter.score)
+    # prompts fit their own examples too well for weights to be learned from these: each example is seen with prompts
+    # that did not learn from it
+    taught = _fit_weights(scorer, parts, None, config, adapter, progress)
+    if taught.judged_by(taught.examples).rank >= bare.judged_by(taught.examples).rank:
+        return taught.adapter
+    prompts.detach(denoiser)
+    scorer.use(bare.adapter.score, bare.adapter.weights)
+    return bare.adapter
+
+
 def _fit_weights(
     scorer: Scorer,
     parts: Sequence[_Part],
@@ -417,7 +467,7 @@ def _fit_weights(
     config: FitConfig,
     taught: Adapter | None,
     progress: bool,
-) -> Adapter:
+) -> _Weighed:
     """Fits weights of the features of the model: bare, or with prompts that were taught.
 
     They start from the denoising score, and from the score that the prompts were learned for.
@@ -468,12 +518,14 @@ def _fit_weights(
         kept = better(fitted.after, jury.judge(plain).loss, DOUBT)
     learned = replace(zero, kind=WEIGHTED, layers=features.layers, weights=None)
     before, after = jury.accuracy(plain), jury.accuracy(found)
+    judged_by, judged = examples, (plain, found)
     if validation is not None:
         others = Jury(validation)
         scorer.use(start)
-        first = others.judge(scorer.predict(others.pairs))
+        untaught = scorer.predict(others.pairs)
         scorer.use(learned, weights)
-        second = others.judge(scorer.predict(others.pairs))
+        judged_by, judged = list(validation), (untaught, scorer.predict(others.pairs))
+        first, second = (others.judge(scores) for scores in judged)
         kept = kept and bool(second.loss.mean() < first.loss.mean())
         before, after = first.accuracy, second.accuracy
     scores = found if kept else plain
@@ -508,7 +560,7 @@ def _fit_weights(
     if kept or taught is None:
         training["calibration"] = jury.calibration(honest, 1.0)
     scorer.use(learned if kept else start, weights if kept else None)
-    return Adapter(
+    adapter = Adapter(
         fingerprint(scorer.backbone),
         learned if kept else start,
         None if taught is None else taught.prompts,
@@ -519,3 +571,4 @@ def _fit_weights(
         weights if kept else None,
         features.names if kept else None,
     )
+    return _Weighed(adapter, judged_by, judged[kept])

@@ -51,7 +51,7 @@ MANY = 50
 """Passes a pair of the Diffusion Classifier; its evenly spaced timesteps are those of a sweep."""
 FEW = (50, 150, 250, 350, 500)
 """Timesteps of attention that is taught: five passes a pair."""
-RULES = 2
+RULES = 3
 """Of teaching and judging, beyond what configurations say: another number makes lessons anew."""
 PACK = "measurements.jsonl.gz"
 """All measurements of a study in one file, which is enough to go on from."""
@@ -473,8 +473,10 @@ def _taught(folder: Path, item: Sequence[Any]) -> Path:
 
 def _first(method: str) -> str | None:
     """The lesson that teaches what this one goes on from, if any: the same but for the weights that follow."""
-    lesson = LESSONS.get(method)
-    for name, other in LESSONS.items() if lesson is not None else ():
+    if method not in LESSONS:
+        return None
+    lesson = LESSONS[method]
+    for name, other in LESSONS.items():
         config = replace(other.config, method=lesson.config.method, draws=lesson.config.draws)
         if other.config.pieces == lesson.config.pieces - {"weights"} and replace(other, config=config) == lesson:
             return name
