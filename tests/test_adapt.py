@@ -67,7 +67,7 @@ def steps_taken(pipe: Pipe) -> tuple[Scorer, Adapter]:
     with pytest.MonkeyPatch.context() as patch:
         looks_as(patch, improving)
         made = scorer(pipe)
-        return made, fit(made, toy(6, 0), toy(4, 1), config=QUICK, prompt=PROMPT)
+        return made, fit(made, toy(6, 0), toy(6, 1), config=QUICK, prompt=PROMPT)
 
 
 def same_state(a: Adapter, b: Adapter) -> bool:
@@ -116,7 +116,7 @@ def test_the_scale_makes_scores_log_odds(taught: tuple[Scorer, Adapter]) -> None
 def test_other_scores_and_objectives_learn(pipe: Pipe, kind: str, objective: Any) -> None:
     made = scorer(pipe, ScoreConfig(kind, (20,)))
     config = FitConfig(objective=objective, margin=1, steps=8, batch=2, check_every=4, learning_rate=3e-2, jitter=0)
-    adapter = fit(made, toy(2, 0), toy(2, 1), config=replace(config, mix=()), prompt=LESSON)
+    adapter = fit(made, toy(2, 0), toy(6, 1), config=replace(config, mix=()), prompt=LESSON)
     curve = adapter.training["curve"]
     assert curve[-1]["train"] < 0.9 * curve[1]["train"]
     assert adapter.training["config"]["objective"] == objective
@@ -139,7 +139,7 @@ def test_zero_shot_score_is_kept_unless_learning_is_better(pipe: Pipe, monkeypat
     looks_as(monkeypatch, lambda _: 0.5)
     made = scorer(pipe)
     plain = made.predict(toy(1, 0)[0].pairs)
-    adapter = fit(made, toy(4, 0), toy(2, 1), config=replace(QUICK, steps=4), prompt=PROMPT)
+    adapter = fit(made, toy(4, 0), toy(6, 1), config=replace(QUICK, steps=4), prompt=PROMPT)
     assert not adapter.training["kept"]
     assert adapter.prompts is None
     assert np.array_equal(made.predict(toy(1, 0)[0].pairs), plain)
@@ -158,7 +158,7 @@ def test_a_lesson_is_worth_its_passes(pipe: Pipe, monkeypatch: pytest.MonkeyPatc
 
     looks_as(monkeypatch, loss)
     made = scorer(pipe, ScoreConfig("denoising", (20, 60, 100)))
-    adapter = fit(made, toy(4, 0), toy(2, 1), config=replace(QUICK, steps=4), prompt=PROMPT)
+    adapter = fit(made, toy(4, 0), toy(6, 1), config=replace(QUICK, steps=4), prompt=PROMPT)
     assert adapter.training["kept"] == kept
     assert [s.timesteps for s in seen if s.kind == "denoising"] == [(20, 60, 100), (20, 60, 100, 20, 100)]
     assert made.score.config.passes == (5 if kept else 3)
@@ -169,7 +169,7 @@ def test_given_noise_has_no_further_passes(pipe: Pipe, monkeypatch: pytest.Monke
     backbone = load_backbone(pipe())
     noise = np.random.default_rng(0).standard_normal((2, *backbone.latent_shape(backbone.image_size)))
     made = Scorer(backbone, ScoreConfig("denoising", (20, 100)), noise=noise)
-    adapter = fit(made, toy(4, 0), toy(2, 1), config=replace(QUICK, steps=4), prompt=PROMPT)
+    adapter = fit(made, toy(4, 0), toy(6, 1), config=replace(QUICK, steps=4), prompt=PROMPT)
     assert adapter.training["kept"]
     assert "as_dear" not in adapter.training["validation"]
 
@@ -178,7 +178,7 @@ def test_learning_stops_when_patience_runs_out(pipe: Pipe, monkeypatch: pytest.M
     losses = iter([0.9, 0.5, 0.6, 0.7, 0.1])
     looks_as(monkeypatch, lambda _: next(losses))
     config = replace(QUICK, steps=20, check_every=1, patience=2)
-    adapter = fit(scorer(pipe), toy(4, 0), toy(2, 1), config=config, prompt=PROMPT)
+    adapter = fit(scorer(pipe), toy(4, 0), toy(6, 1), config=config, prompt=PROMPT)
     assert [p["loss"] for p in adapter.training["curve"]] == pytest.approx([0.935, 0.535, 0.635, 0.735])
     assert adapter.training["kept"]
 
@@ -188,10 +188,10 @@ def test_the_same_request_gives_the_same_adapter(
 ) -> None:
     looks_as(monkeypatch, improving)
     torch.manual_seed(123)  # the surroundings' state is of no account
-    again = fit(scorer(pipe), toy(6, 0), toy(4, 1), config=QUICK, prompt=PROMPT)
+    again = fit(scorer(pipe), toy(6, 0), toy(6, 1), config=QUICK, prompt=PROMPT)
     assert same_state(again, steps_taken[1])
     assert again.training == steps_taken[1].training
-    other = fit(scorer(pipe), toy(6, 0), toy(4, 1), config=replace(QUICK, seed=1), prompt=PROMPT)
+    other = fit(scorer(pipe), toy(6, 0), toy(6, 1), config=replace(QUICK, seed=1), prompt=PROMPT)
     assert not same_state(other, steps_taken[1])
 
 
@@ -271,7 +271,7 @@ def test_gradient_that_is_not_finite(pipe: Pipe, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
     made = scorer(pipe)
     with pytest.raises(ModelError, match="got a gradient of inf at step 1"):
-        fit(made, toy(4, 0), toy(2, 1), config=QUICK, prompt=PROMPT)
+        fit(made, toy(4, 0), toy(6, 1), config=QUICK, prompt=PROMPT)
     assert is_bare(made.backbone)
 
 
@@ -290,7 +290,7 @@ def test_loss_that_is_not_finite(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(made.backbone, "add_noise", spy)
     with pytest.raises(ModelError, match=r"step 2, example 0-2") as error:
-        fit(made, examples, toy(2, 1), config=replace(QUICK, batch=4), prompt=PROMPT)
+        fit(made, examples, toy(6, 1), config=replace(QUICK, batch=4), prompt=PROMPT)
     assert "\n" not in str(error.value)
     assert is_bare(made.backbone)
 
@@ -336,7 +336,7 @@ def test_examples_without_a_choice_are_refused(pipe: Pipe) -> None:
 def test_validation_examples_that_are_learned_from_are_refused(pipe: Pipe, method: Any) -> None:
     made = scorer(pipe)
     with pytest.raises(OptionError, match="got 2 validation examples with pictures that are learned from"):
-        fit(made, toy(4, 0), [*toy(2, 1), *toy(4, 0)[:2]], config=replace(QUICK, method=method))
+        fit(made, toy(4, 0), [*toy(6, 1), *toy(4, 0)[:2]], config=replace(QUICK, method=method))
     assert is_bare(made.backbone)
 
 
@@ -358,7 +358,7 @@ def test_model_with_prompts_is_refused_and_left_alone(pipe: Pipe) -> None:
     made = scorer(pipe)
     prompts.attach(made.backbone.denoiser, PROMPT)
     with pytest.raises(AdapterError, match="already carries prompts"):
-        fit(made, toy(2, 0), toy(2, 1), config=QUICK)
+        fit(made, toy(2, 0), toy(6, 1), config=QUICK)
     assert prompts.parameters(made.backbone.denoiser)
 
 
@@ -480,7 +480,7 @@ def stopped(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, keeper: Path, at: int, 
         patch.setattr(Learner, "step", until)
         looks_as(patch, improving)
         with pytest.raises(error):
-            fit(made, toy(6, 0), toy(4, 1), config=QUICK, prompt=PROMPT, checkpoint=keeper)
+            fit(made, toy(6, 0), toy(6, 1), config=QUICK, prompt=PROMPT, checkpoint=keeper)
     assert is_bare(made.backbone)
 
 
@@ -501,7 +501,7 @@ def test_a_stopped_fit_goes_on_to_the_same_adapter(
     step = Learner.step
     looks_as(monkeypatch, improving)
     monkeypatch.setattr(Learner, "step", lambda self: (step(self), steps.append(self.done))[0])
-    adapter = fit(made, toy(6, 0), toy(4, 1), config=QUICK, prompt=PROMPT, checkpoint=keeper, resume=True)
+    adapter = fit(made, toy(6, 0), toy(6, 1), config=QUICK, prompt=PROMPT, checkpoint=keeper, resume=True)
     assert steps == list(range((at - 1) // QUICK.check_every * QUICK.check_every + 1, QUICK.steps + 1))
     assert same_state(adapter, steps_taken[1])
     assert adapter.training == steps_taken[1].training
@@ -510,7 +510,7 @@ def test_a_stopped_fit_goes_on_to_the_same_adapter(
     assert np.array_equal(made.predict(pairs), steps_taken[0].predict(pairs))
     assert [p.name for p in tmp_path.rglob("*.checkpoint*")] == ["fit.checkpoint"]
     steps.clear()  # what was learned could not be saved: it is not learned again
-    again = fit(scorer(pipe), toy(6, 0), toy(4, 1), config=QUICK, prompt=PROMPT, checkpoint=keeper, resume=True)
+    again = fit(scorer(pipe), toy(6, 0), toy(6, 1), config=QUICK, prompt=PROMPT, checkpoint=keeper, resume=True)
     assert steps == []
     assert same_state(again, adapter)
 
@@ -530,8 +530,8 @@ def test_a_fit_stopped_while_validating_goes_on(
     looks_as(monkeypatch, look)
     given: dict[str, Any] = {"config": QUICK, "prompt": PROMPT, "checkpoint": tmp_path / "fit.checkpoint"}
     with pytest.raises(KeyboardInterrupt):
-        fit(scorer(pipe), toy(6, 0), toy(4, 1), **given)
-    adapter = fit(scorer(pipe), toy(6, 0), toy(4, 1), **given, resume=True)
+        fit(scorer(pipe), toy(6, 0), toy(6, 1), **given)
+    adapter = fit(scorer(pipe), toy(6, 0), toy(6, 1), **given, resume=True)
     assert looks == 5  # at 0, 2, 4, and then, again at 4, and at the end
     assert same_state(adapter, steps_taken[1])
 
@@ -569,7 +569,7 @@ def test_checkpoint_of_another_request_is_refused(
         fit(
             made,
             change.get("examples", toy(6, 0)),
-            change.get("validation", toy(4, 1)),
+            change.get("validation", toy(6, 1)),
             config=change.get("config", QUICK),
             prompt=change.get("prompt", PROMPT),
             checkpoint=keeper,
@@ -585,7 +585,7 @@ def test_broken_checkpoint_is_refused(pipe: Pipe, tmp_path: Path, data: bytes) -
     keeper = tmp_path / "fit.checkpoint"
     keeper.write_bytes(data)
     with pytest.raises(OptionError, match="cannot be read"):
-        fit(scorer(pipe), toy(2, 0), toy(2, 1), config=QUICK, checkpoint=keeper, resume=True)
+        fit(scorer(pipe), toy(2, 0), toy(6, 1), config=QUICK, checkpoint=keeper, resume=True)
 
 
 # Adapters on disk

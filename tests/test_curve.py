@@ -173,7 +173,7 @@ def test_chance_is_that_of_the_held_out_examples(matcher: Matcher, fits: Fits) -
 
 
 def test_a_point_is_what_fitting_by_hand_gives(matcher: Matcher) -> None:
-    held = choices(4, 300)
+    held = choices(6, 300)
     options = {"shots": (0, 4), "seeds": 1, "config": replace(QUICK, seed=3), "prompt": PromptConfig(rank=1)}
     made = learning_curve(matcher, POOL, HELD_OUT, validation=held, **options)
     assert is_bare(matcher.backbone)
@@ -255,7 +255,7 @@ def test_a_stopped_curve_goes_on(matcher: Matcher, fits: Fits, tmp_path: Path, m
 
 
 def test_a_stopped_fit_goes_on(matcher: Matcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = SMALL | {"shots": (0, 4), "seeds": 1}
+    options = SMALL | {"shots": (0, 8), "seeds": 1, "config": replace(QUICK, validation=0.75)}
     whole = learning_curve(matcher, POOL, HELD_OUT, **options)
     step, taken = Learner.step, []
 
@@ -269,7 +269,7 @@ def test_a_stopped_fit_goes_on(matcher: Matcher, tmp_path: Path, monkeypatch: py
         patch.setattr(Learner, "step", counted)
         with pytest.raises(KeyboardInterrupt):
             learning_curve(matcher, POOL, HELD_OUT, tmp_path, **options)
-    assert {p.name for p in tmp_path.iterdir()} == {FILE, "fit-4-0.checkpoint"}
+    assert {p.name for p in tmp_path.iterdir()} == {FILE, "fit-8-0.checkpoint"}
     monkeypatch.setattr(Learner, "step", lambda learner: (taken.append(learner.done), step(learner))[1])
     made = learning_curve(matcher, POOL, HELD_OUT, tmp_path, **options)
     assert taken == [0, 1, 2]

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -340,10 +340,15 @@ def test_tokens_join_every_caption(pipe: Pipe) -> None:
     assert not hasattr(made.backbone.denoiser, prompts.TOKENS)
 
 
+class Ranked(NamedTuple):
+    rank: tuple[float, ...]
+
+
 @pytest.mark.parametrize("method", ["tokens", "prompt+tokens", "prompt+tokens+heads", "prompt+tokens+weights"])
 def test_tokens_survive_the_disk(pipe: Pipe, tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         looks_as(patch, change)
+        patch.setattr(adapt._Weighed, "judged_by", lambda self, _: Ranked((float(self.adapter.prompts is not None),)))
         made = scorer(pipe)
         adapter = fit(made, toy(8), config=replace(QUICK, method=method, draws=1), prompt=PromptConfig(rank=2))
     assert adapter.prompts is not None
@@ -461,7 +466,7 @@ def test_the_empty_caption_is_passed_once_an_image(pipe: Pipe, monkeypatch: pyte
 def test_attention_is_taught_along_with_denoising(pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If asked for, in units of its spread; the zero-shot score that it must beat is denoising alone."""
     zero = ScoreConfig("denoising", SCORE.timesteps)
-    examples, made = toy(6), scorer(pipe, zero)
+    examples, made = toy(12), scorer(pipe, zero)
     pairs = [pair for e in examples for pair in e.pairs]
     attention = Scorer(made.backbone, SCORE).predict(pairs).reshape(-1, 2)
     denoising = made.predict(pairs).reshape(-1, 2)
@@ -491,7 +496,7 @@ def test_denoising_is_added_as_it_is_without_prompts(
 ) -> None:
     """By default: attention is taught by itself, in fewer passes, and the bare model's denoising score joins it."""
     zero = ScoreConfig("denoising", (200, 500, 800))
-    examples, made = toy(6), scorer(pipe, zero)
+    examples, made = toy(12), scorer(pipe, zero)
     pairs = [pair for e in examples for pair in e.pairs]
     bare = made.predict(pairs)
     with monkeypatch.context() as patch:
@@ -529,9 +534,9 @@ def test_what_is_taught_can_be_chosen(pipe: Pipe, monkeypatch: pytest.MonkeyPatc
     looks_as(monkeypatch, change)
     zero = ScoreConfig("denoising", SCORE.timesteps)
     config = replace(QUICK, validation=0.5)
-    assert fit(scorer(pipe, zero), toy(6), config=replace(config, mix=())).score == zero
-    assert fit(scorer(pipe), toy(6), config=config).score == SCORE
-    made = fit(scorer(pipe), toy(6), config=replace(config, mix=("attention-mass",), method="prompt+heads"))
+    assert fit(scorer(pipe, zero), toy(12), config=replace(config, mix=())).score == zero
+    assert fit(scorer(pipe), toy(12), config=config).score == SCORE
+    made = fit(scorer(pipe), toy(12), config=replace(config, mix=("attention-mass",), method="prompt+heads"))
     assert made.score.kind == "weighted"
     with pytest.raises(OptionError, match="to mix"):
         FitConfig(mix=("nonesuch",))

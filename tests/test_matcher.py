@@ -282,7 +282,7 @@ def test_a_backbone_is_bare_again_after_a_refused_request(pipe: Pipe, adapter: P
 
 
 EXAMPLES = [Example(f"{i}", (IMAGES[i],), ("cat", "dog"), ((0, i % 2),)) for i in range(3)]
-VALIDATION = [Example(f"v{i}", (picture(10 + i),), ("cat", "dog"), ((0, i % 2),)) for i in range(2)]
+VALIDATION = [Example(f"v{i}", (picture(10 + i),), ("cat", "dog"), ((0, i % 2),)) for i in range(6)]
 STEPS = FitConfig(steps=2, batch=2, check_every=1)
 
 
