@@ -19,6 +19,7 @@ from typing import Any
 from PIL import Image
 
 from dsd.contracts import DsdError, Example, OptionError
+from dsd.jury import FEWEST
 from dsd.tasks import world_task
 from dsd.tasks.manifest import read_table
 from dsd.web.config import ServeConfig
@@ -159,6 +160,7 @@ class Lessons:
                 low=training["validation"]["low"],
                 high=training["validation"]["high"],
                 held_out=training["validation_examples"],
+                fewest=FEWEST,
                 curve=[{k: point[k] for k in ("step", "accuracy") if k in point} for point in training["curve"]]
                 if "curve" in training
                 else [],

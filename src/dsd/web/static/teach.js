@@ -108,6 +108,9 @@ async function take(event) {
     $("lesson").textContent = event.kept
       ? `${event.name}: right on ${share(event.before)} of the choices held out before, ${share(event.after)} now ` +
         `(95 % interval ${share(event.low)} to ${share(event.high)}, ${event.held_out} examples). It is in the list of models.`
+      : event.held_out < event.fewest
+      ? `${event.name}: ${event.held_out} held-out examples cannot show that learning helps, ${event.fewest} might, so ` +
+        "what it started from was kept. Mark more."
       : `${event.name}: learning was not clearly better than the score it started from (${share(event.before)} of ` +
         `${event.held_out} held-out examples), so that was kept; its probabilities are calibrated. More marks help.`;
     $("download").hidden = false;
