@@ -290,3 +290,11 @@ def test_it_opens_within_fifteen_seconds(chromium: Any) -> None:
         page.context.close()
     print(f"from the command to ranked captions: {took:.1f} s")
     assert took < 45  # three times what is promised, as other tests may hold the processor
+
+
+def test_a_lesson_of_too_few_examples_says_so(page: Any) -> None:
+    page.fill("#lesson-scenes", "4")
+    page.select_option("#lesson-method", "prompt")
+    page.click("#learn")
+    page.wait_for_selector("#download:not([hidden])", timeout=60_000)
+    assert "4 held-out examples cannot show that learning helps, 6 might" in page.inner_text("#lesson")
