@@ -490,7 +490,7 @@ def _adapter_path(folder: Path, task: str, level: str, method: str, shots: int) 
 
 def _made_by(config: StudyConfig, item: Sequence[Any]) -> dict[str, Any]:
     """What decides a measurement besides what the folder is of: other values make it anew."""
-    if item[0] == "sweep" or item[3:4] == ("denoising",):
+    if item[0] in ("sweep", "untaught") or item[3:4] == ("denoising",):
         return {"model": _digest("weights")}
     if item[0] == "blind":
         return {"model": _digest("clip_weights")}
@@ -690,20 +690,33 @@ def _learn(
         matcher.fit(few, config=fitting, prompt=lesson.prompt, checkpoint=checkpoint, resume=True)
         taken = before + time.process_time() - start if anew else None
         assert matcher.adapter is not None
-        measured = matcher
-        if lesson.score == "denoising" and not matcher.adapter.training["kept"]:
-            # passes for which nothing was learned are the zero-shot score's
-            measured = Matcher(_backbone(), ScoreConfig("denoising", FEW))
-        result = evaluate(measured, examples)
+        if matcher.adapter.training["kept"]:
+            made = outcomes_of(task, examples, evaluate(matcher, examples).scores)
+            passes = matcher.score_config.passes
+        else:  # passes for which nothing was learned are the zero-shot score's
+            made = _untaught(folder, config, task, level, matcher.score_config.kind)
+            passes = len(FEW)
         if seed == 0:  # pages show what it sees
             matcher.adapter.save(_adapter_path(folder, task, level, method, shots))
-        training, passes = matcher.adapter.training, measured.score_config.passes
+        training = matcher.adapter.training
     finally:
         matcher.forget()
-    made = outcomes_of(task, examples, result.scores)
     error = training["calibration"]["error"]
     cell = Cell(method, task, level, shots, seed, tuple(map(float, made)), passes, taken, bool(training["kept"]), error)
     return {"cell": asdict(cell)}
+
+
+def _untaught(folder: Path, config: StudyConfig, task: str, level: str, kind: str) -> np.ndarray:
+    """Outcomes of a zero-shot score at :data:`FEW` timesteps, measured once."""
+    item = ("untaught", task, level, kind)
+    kept = _kept(folder, config, item)
+    if kept is None:
+        examples = held_out(config, task, level)
+        scores = evaluate(Matcher(_backbone(), ScoreConfig(kind, FEW)), examples).scores
+        made = [float(v) for v in outcomes_of(task, examples, scores)]
+        kept = {"outcomes": made, "made_by": _made_by(config, item)}
+        write_text(_path(folder, item), json.dumps(kept) + "\n")
+    return np.array(kept["outcomes"])
 
 
 def _fail(folder: Path, config: StudyConfig, task: str, level: str, method: str, shots: int) -> dict[str, Any]:
