@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 
 from dsd import adapt, prompts
@@ -19,14 +22,14 @@ from dsd.adapt import fit
 from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
 from dsd.contracts import AdapterError, Example, OptionError
-from dsd.jury import Jury
+from dsd.jury import DOUBT, FEWEST, Jury
 from dsd.learn import HEEDED_BY_WEIGHTS, FitConfig, Learner, choice_loss, importance
 from dsd.lesson import choices_of, folds
 from dsd.matcher import Matcher
 from dsd.metrics import expected_calibration_error, wins
 from dsd.scorer import Scorer
 from dsd.scores import WEIGHTED, Features, Score, ScoreConfig
-from dsd.weights import Choice, Choices, choose, fit_weights
+from dsd.weights import Choice, Choices, better, choose, fewest, fit_weights
 from looks import looks_as
 from models import picture, toy
 
@@ -525,6 +528,21 @@ def test_prompts_then_weights(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, bette
     assert np.array_equal(Matcher(fresh, adapter=adapter).predict(PAIRS), scores)
 
 
+@given(
+    st.floats(0.1, 4),
+    arrays(np.float64, st.integers(2, 12), elements=st.floats(-3, 3)),
+)
+def test_fewer_than_the_fewest_are_never_better(errors: float, gains: np.ndarray) -> None:
+    few = gains[: fewest(errors) - 1]
+    assert few.size < 2 or not better(-few, np.zeros_like(few), errors)
+    alike = np.ones(max(2, fewest(errors)))
+    assert better(-alike, np.zeros_like(alike), errors)
+
+
+def test_six_held_out_examples_can_confirm_a_lesson() -> None:
+    assert (DOUBT, FEWEST) == (2, 6)
+
+
 def test_what_was_fitted_is_judged_by_scores_out_of_fold(pipe: Pipe) -> None:
     examples = toy(12, 0, shuffled=True)
     made = Scorer(load_backbone(pipe()), DENOISING)
@@ -565,9 +583,9 @@ def test_another_lesson_starts_from_zero_shot(pipe: Pipe, taught: tuple[Scorer, 
 
 def test_weights_at_other_timesteps_are_refused(pipe: Pipe, taught: tuple[Scorer, Adapter], tmp_path: Path) -> None:
     folder = taught[1].save(tmp_path / "a")
-    for given in ({"timesteps": (5, 9)}, {"layers": ["mid_block"]}):
+    for other in ({"timesteps": (5, 9)}, {"layers": ["mid_block"]}):
         with pytest.raises(OptionError, match="leave them out"):
-            Matcher.from_pretrained(pipe(), adapter=folder, **given)  # type: ignore[arg-type]
+            Matcher.from_pretrained(pipe(), adapter=folder, **other)  # type: ignore[arg-type]
     plain = Matcher.from_pretrained(pipe(), adapter=folder, score="denoising", timesteps=(5, 9))
     assert plain.score_config.kind == "denoising"
 
