@@ -7,6 +7,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +195,14 @@ def test_one_file_is_enough_to_go_on_from(tmp_path: Path, made: list[tuple[Any, 
     (tmp_path / study.PACK).write_bytes(b"nothing of the kind")
     with pytest.raises(OptionError, match="cannot be read"):
         gather(tmp_path, grid)
+
+
+@pytest.mark.slow
+def test_no_worker_outlives_the_study() -> None:
+    """The output has an end once the child, which holds it open, is gone too."""
+    child = "_leave_with(parent); time.sleep(600)"
+    code = f"import os, time; from dsd.study import _leave_with; parent = os.getpid()\nif not os.fork(): {child}"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 import zlib
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -439,7 +440,8 @@ def _share(folder: Path, config: StudyConfig, left: Sequence[tuple[Any, ...]], j
             bar.update()
         return
     # the threads of torch do not survive a fork
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _leave_with, (os.getpid(),)) as pool:
         waiting = {pool.submit(_do, folder, config, item) for item in left}
         try:
             while waiting:
@@ -450,6 +452,17 @@ def _share(folder: Path, config: StudyConfig, left: Sequence[tuple[Any, ...]], j
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _leave_with(parent: int) -> None:
+    """Ends this process when its parent is gone, killed perhaps: what it works on would be nobody's."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _name(item: Sequence[Any]) -> str:
