@@ -21,7 +21,7 @@ from dsd import adapt
 from dsd.evaluate import installed_versions, write_text
 from dsd.matcher import Matcher
 from dsd.report import table
-from dsd.study import FEW, LESSONS
+from dsd.study.grid import FEW, LESSONS
 from dsd.tasks import WORLD_TASKS, world_task
 
 

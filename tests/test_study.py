@@ -7,8 +7,10 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dsd import study
 from dsd.backbone import Backbone, load_backbone
 from dsd.baselines import baseline
 from dsd.cli import main
@@ -25,8 +26,14 @@ from dsd.contracts import OptionError
 from dsd.metrics import paired_difference
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
-from dsd.study import Cell, Failures, Place, Study, StudyConfig, gather, outcomes_of, run
-from dsd.study_report import START, Findings, command, summary, write_report
+from dsd.study import grid, measure
+from dsd.study import run as running
+from dsd.study.found import START, Cell, Failures, Place, Study
+from dsd.study.grid import FULL, QUICK, Item, StudyConfig, work
+from dsd.study.measure import chance_of, outcomes_of
+from dsd.study.report import Findings, command, summary, write_report
+from dsd.study.run import gather, run
+from dsd.study.store import PACK, Store
 from dsd.sweep import groups_of, sweep
 from dsd.tasks import world_task
 from models import picture
@@ -97,22 +104,22 @@ SMALL = StudyConfig(
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Item]:
     """What is measured, as it is."""
-    items: list[tuple[Any, ...]] = []
-    do = study._do
+    items: list[Item] = []
+    do = measure.do
 
-    def watch(folder: Path, config: StudyConfig, item: tuple[Any, ...]) -> None:
+    def watch(store: Store, item: Item) -> None:
         items.append(item)
-        do(folder, config, item)
+        do(store, item)
 
-    monkeypatch.setattr(study, "_do", watch)
-    monkeypatch.setattr(study, "BLIND", {"chance": "chance"})
+    monkeypatch.setattr(measure, "do", watch)
+    monkeypatch.setattr(measure, "BLIND", {"chance": "chance"})
     return items
 
 
 @pytest.mark.slow
-def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_goes_on(tmp_path: Path, made: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(tmp_path, SMALL)
     assert [item[0] for item in made] == ["sweep", "blind", "lesson", "lesson", "failures"]
     assert [c.method for c in first.cells] == ["dsd prompt", "dsd weights"]
@@ -139,9 +146,9 @@ def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatc
     assert lacking.places[0].chance == first.places[0].chance
     assert not lacking.places[0].ablations
     assert "Not measured yet: zero-shot" in write_report(lacking, tmp_path / "report")[0].read_text()
-    lesson = study.LESSONS["dsd weights"]
+    lesson = grid.LESSONS["dsd weights"]
     other = replace(lesson, config=replace(lesson.config, draws=1))
-    monkeypatch.setitem(study.LESSONS, "dsd weights", other)
+    monkeypatch.setitem(grid.LESSONS, "dsd weights", other)
     again = run(tmp_path, SMALL)
     assert [item[0:1] + item[3:4] for item in made] == [("sweep",), ("lesson", "dsd weights")]
     assert again.places[0].zero == first.places[0].zero
@@ -153,55 +160,70 @@ def test_a_study_goes_on(tmp_path: Path, made: list[tuple[Any, ...]], monkeypatc
 
 
 @pytest.mark.slow
-def test_weights_go_on_from_the_prompts_of_another_lesson(tmp_path: Path, made: list[tuple[Any, ...]]) -> None:
+def test_weights_go_on_from_the_prompts_of_another_lesson(tmp_path: Path, made: list[Item]) -> None:
     both = replace(SMALL, tasks=("comvg",), methods=("dsd prompt", "dsd prompt + weights"), shots=(24,))
-    item = ("lesson", "comvg", "standard", "dsd prompt + weights", 24, 0)
-    study._do(tmp_path / "alone", both, item)
-    alone = study._kept(tmp_path / "alone", both, item)
-    assert alone is not None
-    taught = study._taught(tmp_path / "after", (*item[:3], "dsd prompt", *item[4:]))
-    study._do(tmp_path / "after", both, (*item[:3], "dsd prompt", *item[4:]))
-    assert taught.exists()
-    study._do(tmp_path / "after", both, item)
-    after = study._kept(tmp_path / "after", both, item)
-    assert after is not None
-    assert not taught.exists()
+    first: Item = ("lesson", "comvg", "standard", "dsd prompt", 24, 0)
+    item: Item = (*first[:3], "dsd prompt + weights", *first[4:])
+    alone, after = (Store(tmp_path / name, both) for name in ("alone", "after"))
+    measure.do(alone, item)
+    measure.do(after, first)
+    assert after.taught(first).exists()
+    measure.do(after, item)
+    assert not after.taught(first).exists()
     assert not list((tmp_path / "after" / "cells").glob("*.checkpoint"))
-    known = study._kept(tmp_path / "after", both, (*item[:3], "dsd prompt", *item[4:]))
+    whole, known, rest = alone.get(item), after.get(first), after.get(item)
+    assert whole is not None
     assert known is not None
-    assert after["cell"].pop("seconds") > known["cell"]["seconds"]
-    alone["cell"].pop("seconds")
-    assert after["cell"] == alone["cell"]
-    assert after["took"] < alone["took"]
+    assert rest is not None
+    assert rest["cell"].pop("seconds") > known["cell"]["seconds"]
+    whole["cell"].pop("seconds")
+    assert rest["cell"] == whole["cell"]
+    assert rest["took"] < whole["took"]
 
 
 @pytest.mark.slow
-def test_one_file_is_enough_to_go_on_from(tmp_path: Path, made: list[tuple[Any, ...]]) -> None:
-    grid = replace(SMALL, tasks=("comvg",), methods=("dsd weights",))
-    first = run(tmp_path, grid)
-    data = study.pack(tmp_path, grid).read_bytes()
-    assert study.pack(tmp_path, grid).read_bytes() == data
+def test_one_file_is_enough_to_go_on_from(tmp_path: Path, made: list[Item]) -> None:
+    small = replace(SMALL, tasks=("comvg",), methods=("dsd weights",))
+    first = run(tmp_path, small)
+    data = Store(tmp_path, small).pack().read_bytes()
+    assert Store(tmp_path, small).pack().read_bytes() == data
     shutil.rmtree(tmp_path / "cells")
-    assert gather(tmp_path, grid).cells == first.cells
-    assert gather(tmp_path, grid).places == first.places
+    assert gather(tmp_path, small).cells == first.cells
+    assert gather(tmp_path, small).places == first.places
     made.clear()
-    larger = replace(grid, seeds=2)
+    larger = replace(small, seeds=2)
     second = run(tmp_path, larger)
     assert [item[0] for item in made] == ["lesson", "failures"]
-    study.pack(tmp_path, larger)
+    Store(tmp_path, larger).pack()
     shutil.rmtree(tmp_path / "cells")
-    study.pack(tmp_path, grid)  # a smaller grid takes nothing away
+    Store(tmp_path, small).pack()  # a smaller grid takes nothing away
     assert gather(tmp_path, larger).cells == second.cells
-    (tmp_path / study.PACK).write_bytes(b"nothing of the kind")
+    (tmp_path / PACK).write_bytes(b"nothing of the kind")
     with pytest.raises(OptionError, match="cannot be read"):
-        gather(tmp_path, grid)
+        gather(tmp_path, small)
+
+
+@pytest.mark.slow
+def test_an_interrupt_does_not_wait_for_what_is_measured(tmp_path: Path) -> None:
+    """Even one that the first process alone gets; the sweeps would take a minute more."""
+    argv = ["study", "--quick", "--jobs", "2", "--out", str(tmp_path / "s")]
+    code = f"from dsd.cli import main; import sys; sys.exit(main({argv!r}))"
+    if_main = f"if __name__ == '__main__':\n    {code}\n"
+    (tmp_path / "start.py").write_text(if_main)
+    started = subprocess.Popen([sys.executable, tmp_path / "start.py"], stderr=subprocess.PIPE, start_new_session=True)
+    assert started.stderr is not None
+    assert b"are left" in started.stderr.readline()
+    time.sleep(5)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=25)
+    assert (started.returncode, err) == (130, b"dsd study: stopped\n")
 
 
 @pytest.mark.slow
 def test_no_worker_outlives_the_study() -> None:
     """The output has an end once the child, which holds it open, is gone too."""
     child = "_leave_with(parent); time.sleep(600)"
-    code = f"import os, time; from dsd.study import _leave_with; parent = os.getpid()\nif not os.fork(): {child}"
+    code = f"import os, time; from dsd.study.run import _leave_with; parent = os.getpid()\nif not os.fork(): {child}"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
 
 
@@ -235,13 +257,13 @@ def test_the_command_makes_the_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         grids.append(config)
         raise OptionError("enough")
 
-    monkeypatch.setattr(study, "run", watch)
-    for grid in (study.StudyConfig(), study.FULL, study.QUICK, replace(SMALL, max_steps=None, passes=50, seeds=2)):
-        words = shlex.split(command(grid))
+    monkeypatch.setattr(running, "run", watch)
+    for size in (StudyConfig(), FULL, QUICK, replace(SMALL, max_steps=None, passes=50, seeds=2)):
+        words = shlex.split(command(size))
         assert words[0] == "dsd"
         assert main([*words[1:], "--out", str(tmp_path)]) == 2
-        assert replace(grids[-1], thorough=grid.thorough) == grid
-        assert grids[-1].thorough or not grid.thorough
+        assert replace(grids[-1], thorough=size.thorough) == size
+        assert grids[-1].thorough or not size.thorough
 
 
 def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,11 +273,11 @@ def test_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_slow_lessons_are_few_unless_asked_for() -> None:
-    grid = StudyConfig(tasks=("comvg",), methods=("dsd prompt", "dsd weights"), shots=(16, 64), seeds=2)
-    lessons = [item[2:] for item in study._work(grid) if item[0] == "lesson"]
+    small = StudyConfig(tasks=("comvg",), methods=("dsd prompt", "dsd weights"), shots=(16, 64), seeds=2)
+    lessons = [item[2:] for item in work(small) if item[0] == "lesson"]
     assert [item for item in lessons if item[1] == "dsd prompt"] == [("standard", "dsd prompt", 64, 0)]
     assert sum(item[1] == "dsd weights" for item in lessons) == 8
-    every = [item for item in study._work(replace(grid, thorough=True)) if item[3:4] == ("dsd prompt",)]
+    every = [item for item in work(replace(small, thorough=True)) if item[3:4] == ("dsd prompt",)]
     assert len(every) == 8
 
 
@@ -271,7 +293,7 @@ def test_the_best_that_was_kept_is_shown() -> None:
         cell("dsd tokens", 0.8, seed=1),
         cell("CLIP LoRA", 0.9, kept=None),
     ]
-    items = study._shown(StudyConfig(tasks=("comvg", "vqa")), cells)
+    items = running._shown(StudyConfig(tasks=("comvg", "vqa")), cells)
     assert [item[1:] for item in items] == [
         ("comvg", "standard", "denoising", 0),
         ("comvg", "standard", "dsd weights", 64),
@@ -294,7 +316,7 @@ def test_random_scores_get_chance() -> None:
             for _ in range(300)
         ]
         error = 3 * np.std(won) / np.sqrt(300)
-        assert abs(np.mean(won) - study._chance(task, examples)) < error + 1e-9, task
+        assert abs(np.mean(won) - chance_of(task, examples)) < error + 1e-9, task
 
 
 # The report

@@ -54,8 +54,11 @@ def _world(a: argparse.Namespace) -> None:
 
 
 def _study(a: argparse.Namespace) -> None:
-    from dsd.study import FULL, QUICK, StudyConfig, gather, pack, run, task_of
-    from dsd.study_report import summary, write_report
+    from dsd.study.grid import FULL, QUICK, StudyConfig
+    from dsd.study.measure import task_of
+    from dsd.study.report import summary, write_report
+    from dsd.study.run import gather, run
+    from dsd.study.store import Store
 
     named = {"tasks": (a.tasks, ","), "levels": (a.levels, ","), "methods": (a.methods, ";")}
     given: dict[str, Any] = {k: tuple(v.split(by)) for k, (v, by) in named.items() if v is not None}
@@ -78,7 +81,7 @@ def _study(a: argparse.Namespace) -> None:
             progress=watched(),
         )
     shown = {task: task_of(task, "val", config.levels[0], 1, 0)[0] for task in config.tasks}
-    written = [*write_report(made, out, shown), pack(out, config)]
+    written = [*write_report(made, out, shown), Store(out, config).pack()]
     found = summary(made)
     if a.format == "json":
         print_json({"out": out, **found})

@@ -23,17 +23,17 @@ from dsd.images import load_image
 from dsd.metrics import average_difference, bootstrap_interval, crossed_interval, paired_difference
 from dsd.pictures import HEAT
 from dsd.report import format_interval, table
+from dsd.study.found import START
 from dsd.tiny.world import NOVEL_FILL, NOVEL_RELATION
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from dsd.study import Cell, Place, Study, StudyConfig
+    from dsd.study.found import Cell, Place, Study
+    from dsd.study.grid import StudyConfig
 
 NOVEL = "novel"
-"""The task of :data:`dsd.study.NOVEL`, whose module needs torch."""
-START = "denoising, 5 passes, as lessons start"
-"""Zero-shot denoising under the noise that what is learned is measured under."""
+"""The task of :data:`dsd.study.grid.NOVEL`, whose module needs torch."""
 CEILING = 0.95
 """A level on which a zero-shot method is above this carries no claim."""
 OURS = "dsd "
@@ -194,8 +194,9 @@ def _claim_rows(found: Findings, level: str) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"method": method}
         row |= {kind.name: f"{made.mean():.3f}" for kind, made in zip(KINDS, kinds, strict=True)}
         for name, rival in rivals.items():
-            gap = None if rival is None else found.compositional(method, rival, level, shots)
-            row[f"over {name}"] = "" if gap is None else _points(gap)
+            if rival is not None:
+                gap = found.compositional(method, rival, level, shots)
+                row[f"over {name}"] = "" if gap is None else _points(gap)
         rows.append(row)
     return rows
 
