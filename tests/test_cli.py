@@ -775,6 +775,21 @@ def test_learning_makes_an_adapter(dsd: Command, lesson: Path, image: Path, tmp_
     assert "So few held-out examples cannot show that learning helps (6 might)" in printed
 
 
+def test_what_was_learned_is_said_to_be_judged_by_what_judged_it(dsd: Command, lesson: Path, tmp_path: Path) -> None:
+    lines = lesson.read_text().splitlines(keepends=True)
+    parts = [lesson.with_name(name) for name in ("some.jsonl", "val.jsonl")]
+    for part, own in zip(parts, (lines[:4], lines[4:]), strict=True):
+        part.write_text("".join(own))
+    for out, given, told in (("a", (), "on the same, held out by turns"), ("b", ("--val", parts[1]), "on 2 others")):
+        how = ("--method", "weights", "--timesteps", "300", "--model", dsd.model)
+        status, printed, _ = dsd("fit", parts[0], *given, "--out", tmp_path / out, *how)
+        assert status == 0
+        assert f"learned from 4 examples; {told}:" in printed
+        card = (tmp_path / out / "README.md").read_text()
+        assert ("held out by turns to validate" in card) == (not given)
+        assert ("2 to validate" in card) == bool(given)
+
+
 def test_place_for_the_adapter_is_checked_before_learning(
     dsd: Command, lesson: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,7 +298,7 @@ def _card(adapter: Adapter, name: str) -> str:
         data = training.get("data", {})
         sums = [f" (checksum {data[part]})" if part in data else "" for part in ("examples", "validation")]
         validated = f"{training['validation_examples']} to validate{sums[1]}"
-        if training.get("turns", 1) > 1:
+        if judged_by_turns(training):
             validated = "held out by turns to validate"
         lines.append(f"- Examples: {training['examples']} to learn from{sums[0]}, {validated}")
     if "validation" in training:
@@ -350,3 +350,9 @@ def _prompts_in_words(config: PromptConfig) -> str:
     if config.tokens:
         parts.append(f"{config.tokens} soft tokens")
     return " and ".join(parts)
+
+
+def judged_by_turns(training: Mapping[str, Any]) -> bool:
+    """Whether what was learned is judged by the examples it was learned from, held out by turns."""
+    data = training.get("data", {})
+    return "validation" in data and data["validation"] == data.get("examples")

@@ -67,7 +67,7 @@ def add(commands: Commands) -> None:
 
 
 def _fit(a: argparse.Namespace) -> None:
-    from dsd.adapters import check_out
+    from dsd.adapters import check_out, judged_by_turns
     from dsd.jury import FEWEST
     from dsd.tasks import read_manifest
 
@@ -103,14 +103,15 @@ def _fit(a: argparse.Namespace) -> None:
     rows = [("zero-shot", figures["before"]), ("learned", figures["after"])]
     if "as_dear" in figures:
         rows.insert(1, ("zero-shot, in as many passes as learned", figures["as_dear"]))
-    judges = (
-        "on the same, held out by turns" if training["turns"] > 1 else f"on {training['validation_examples']} others"
-    )
+    others = f"on {training['validation_examples']} others"
+    judges = "on the same, held out by turns" if judged_by_turns(training) else others
     say(f"{out}: learned from {training['examples']} examples; {judges}:")
     print_table([{"": name, "accuracy": f"{value:.3f}"} for name, value in rows], ("", "accuracy"))
     if training["kept"]:
         return
-    if training["validation_examples"] < FEWEST:
+    # weights are kept for their own examples, held out by turns; others may object, however few
+    judging = training["examples"] if config.method == "weights" else training["validation_examples"]
+    if judging < FEWEST:
         print(
             f"So few held-out examples cannot show that learning helps ({FEWEST} might); zero-shot was kept. Give more "
             "examples, or hold out more of them."
