@@ -50,7 +50,7 @@ format: setup ## Format the code and repair what can be repaired
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup ## Measure what a score costs; another benchmark by BENCH=explain, cpu, memory or weights
+bench: setup ## Measure what a score costs; another benchmark by BENCH=explain, cpu, memory, weights or more_examples
 	@$(BIN)/python benchmarks/$(BENCH).py --out docs/results/$(BENCH) $(ARGS)
 
 pretrain: setup ## Train the embedded model anew, into runs/tiny; resumes where it stopped
