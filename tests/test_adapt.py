@@ -195,6 +195,132 @@ def test_the_same_request_gives_the_same_adapter(
     assert not same_state(other, steps_taken[1])
 
 
+# Learning on from prompts that were learned before
+
+
+STARTS = {"held out": {"validation": toy(6, 1)}, "by turns": {"validation": None}}
+
+
+@pytest.mark.parametrize("how", STARTS.values(), ids=STARTS.keys())
+def test_what_it_started_from_is_kept_unless_learning_is_better(
+    pipe: Pipe, taught: tuple[Scorer, Adapter], monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    first, start = taught
+    looks_as(monkeypatch, lambda _: 0.5)
+    made = scorer(pipe)
+    adapter = fit(made, toy(12, 4), config=QUICK, start=start, **how)
+    assert not adapter.training["kept"]
+    assert adapter.training["started"]
+    assert same_state(adapter, start)
+    pairs = toy(3, 5)[0].pairs
+    assert np.array_equal(made.predict(pairs), first.predict(pairs))
+
+
+@pytest.mark.parametrize("how", STARTS.values(), ids=STARTS.keys())
+def test_learning_starts_from_an_adapter(
+    pipe: Pipe, taught: tuple[Scorer, Adapter], monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]
+) -> None:
+    """With steps too small to count, what is learned is where it started; with others it has moved from there."""
+    _, start = taught
+    seen: list[float] = []
+
+    def nearer(scorer: Scorer) -> float:
+        state = prompts.state(scorer.backbone.denoiser)
+        seen.append(sum(float((v - start.state[n]).abs().sum()) for n, v in state.items()))
+        return 1 / (1 + seen[-1])
+
+    looks_as(monkeypatch, nearer)
+    config = replace(QUICK, weight_decay=0.0)
+    still = fit(scorer(pipe), toy(12, 4), config=replace(config, learning_rate=1e-12), start=start, **how)
+    assert seen[0] == 0
+    assert all(torch.allclose(still.state[n], v, atol=1e-9) for n, v in start.state.items())
+    moved = fit(scorer(pipe), toy(12, 4), config=config, start=start, **how)
+    assert moved.training["kept"]
+    assert moved.prompts == start.prompts
+    assert 0 < max(float((moved.state[n] - v).abs().max()) for n, v in start.state.items()) < 1
+
+
+def test_a_start_knows_what_another_lesson_taught(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:
+    """Too few examples to learn from by themselves."""
+    made = scorer(pipe)
+    adapter = fit(made, toy(2, 6), toy(2, 7), config=QUICK, start=taught[1])
+    assert same_state(adapter, taught[1])
+    assert accuracy(made, toy(20, 2)) > 0.9
+
+
+def test_a_start_beside_the_bare_score(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:
+    """A denoising score is the bare model's, and weighed beside the attention of the start from the first look on."""
+    made = scorer(pipe, ScoreConfig("denoising", (20, 60, 100)))
+    plain = made.predict(toy(3, 5)[0].pairs)
+    adapter = fit(made, toy(8, 4), toy(8, 1), config=replace(QUICK, learning_rate=1e-9), start=taught[1])
+    assert not adapter.training["kept"]
+    assert same_state(adapter, taught[1])
+    bare = adapter.score.bare
+    assert bare is not None
+    assert (adapter.score.kind, bare.kind) == ("attention", "denoising")
+    assert adapter.score.bare_weight > 0
+    pairs = toy(3, 5)[0].pairs
+    whole = made.predict(pairs)
+    made.use(replace(adapter.score, bare=None))
+    assert np.allclose(whole, made.predict(pairs) + adapter.score.bare_weight * plain, atol=1e-5)
+    assert accuracy(made, toy(20, 2)) > 0.9
+
+
+def test_weights_follow_a_start(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:
+    made = scorer(pipe)
+    adapter = fit(made, toy(8, 4), toy(8, 1), config=replace(QUICK, method="prompt+weights"), start=taught[1])
+    assert adapter.prompts == taught[1].prompts
+    assert "weights" in adapter.training
+    assert accuracy(made, toy(20, 2)) > 0.9
+
+
+def test_a_start_that_does_not_do(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:
+    start = taught[1]
+    made = scorer(pipe)
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"start": replace(start, prompts=None, state={})}, "without prompts"),
+        ({"start": start, "config": replace(QUICK, method="heads")}, "'heads' and an adapter"),
+        ({"start": start, "config": replace(QUICK, method="weights")}, "'weights' and an adapter"),
+        ({"start": start, "config": replace(QUICK, method="prompt+tokens")}, "without soft tokens"),
+        ({"start": start, "prompt": PromptConfig(rank=2)}, "expected one of them"),
+    ]
+    for given, message in bad:
+        with pytest.raises(OptionError, match=message):
+            fit(made, toy(4, 0), toy(6, 1), **given)
+        assert is_bare(made.backbone)
+    other = Scorer(load_backbone(pipe(seed=5)), SCORE)
+    with pytest.raises(AdapterError, match="got an adapter for"):
+        fit(other, toy(4, 0), toy(6, 1), start=start)
+    assert is_bare(other.backbone)
+
+
+def test_a_stopped_fit_goes_on_from_the_same_start_alone(
+    pipe: Pipe, taught: tuple[Scorer, Adapter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = taught[1]
+    given: dict[str, Any] = {"config": QUICK, "checkpoint": tmp_path / "fit.checkpoint"}
+    looks_as(monkeypatch, improving)
+    whole = fit(scorer(pipe), toy(6, 0), toy(6, 1), config=QUICK, start=start)
+    step = Learner.step
+
+    def until(self: Learner) -> float:
+        if self.done == 3:
+            raise KeyboardInterrupt
+        return step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "step", until)
+        with pytest.raises(KeyboardInterrupt):
+            fit(scorer(pipe), toy(6, 0), toy(6, 1), **given, start=start)
+    for other in (None, replace(start, state={n: v + 1e-3 for n, v in start.state.items()})):
+        placed = {"prompt": start.prompts} if other is None else {"start": other}
+        with pytest.raises(OptionError, match="another request"):
+            fit(scorer(pipe), toy(6, 0), toy(6, 1), **given, **placed, resume=True)
+    adapter = fit(scorer(pipe), toy(6, 0), toy(6, 1), **given, start=start, resume=True)
+    assert same_state(adapter, whole)
+    assert adapter.training == whole.training
+
+
 @dataclass
 class Watched:
     """What a step was made of: a row each, and the scores of each example that the loss was taken of."""

@@ -1,4 +1,4 @@
-"""Swapped captions: which words are swapped, which never, and how often the world shows what they say."""
+"""Wrong captions: which words are swapped or replaced, which never, and how often the world shows what they say."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsd.negatives import Swaps
+from dsd.negatives import HardNegatives
 from dsd.tasks.world import draw
 from dsd.tiny import world
 from dsd.tiny.captions import NUMBERS, PLACE_WORDS, RELATION_WORDS, Claim, Phrase, holds, sample_claim, say
@@ -28,11 +28,11 @@ POOL = (
     "two cats next to two dogs",
     "three dogs next to two horses",
 )
-SWAPS = Swaps(POOL)
+SWAPS = HardNegatives(POOL)
 
 
-def all_of(caption: str, swaps: Swaps = SWAPS) -> set[str]:
-    return set(swaps.of(caption, 1000, random.Random(0)))
+def all_of(caption: str, swaps: HardNegatives = SWAPS) -> set[str]:
+    return set(swaps.swapped(caption, 1000, random.Random(0)))
 
 
 def words(caption: str) -> list[str]:
@@ -76,7 +76,7 @@ def test_what_is_swapped(caption: str, expected: set[str]) -> None:
 
 def test_kinds_are_known_from_neighbours_of_one_kind() -> None:
     """No two of these stand between the same words, but for "red" and "blue", "circle" and "square"."""
-    swaps = Swaps(["a red circle", "a blue circle", "a blue square", "a green square", "a green star"])
+    swaps = HardNegatives(["a red circle", "a blue circle", "a blue square", "a green square", "a green star"])
     assert "a green circle under a red star" in all_of("a red circle under a green star", swaps)
 
 
@@ -89,22 +89,62 @@ def test_the_kind_that_shares_most_comes_first() -> None:
         "a small blue star",
         "a large blue star",
     ]
-    swaps = Swaps([*pool, "a small striped star"])
+    swaps = HardNegatives([*pool, "a small striped star"])
     assert all_of("a small circle above a large circle", swaps) == {"a large circle above a small circle"}
     assert all_of("a striped circle above a large circle", swaps) == set()
 
 
 def test_articles_and_capitals_fit() -> None:
-    swaps = Swaps(["an orange star", "a red star", "an heirloom", "a star", "a unicorn", "an hour"])
+    swaps = HardNegatives(["an orange star", "a red star", "an heirloom", "a star", "a unicorn", "an hour"])
     assert all_of("A red star above an orange moon", swaps) == {"An orange star above a red moon"}
     assert all_of("a unicorn under an hour", swaps) == {"an hour under a unicorn"}
-    swaps = Swaps([*POOL, "red circles", "blue circles"])
+    swaps = HardNegatives([*POOL, "red circles", "blue circles"])
     assert all_of("Red circles above blue circles.", swaps) == {"Blue circles above red circles."}
+
+
+def test_another_sentence_says_nothing_of_a_words_place() -> None:
+    """What answers stand in place of, a question does not tell: "red" and "above" are of two kinds all the same."""
+    pool = ["what colour is the star? red", "where is the star? above", "a red star", "a blue star above a moon"]
+    made = HardNegatives([*pool, "a blue star below a moon"])
+    assert all_of("a red star above a blue moon", made) == {"a blue star above a red moon"}
+    assert made.replaced("a star above a moon", 9, random.Random(0)) == ["a star below a moon"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("a red circle", {"a blue circle", "a red square", "a red dog", "a red cat"}),
+        ("A red dog.", {"A blue dog.", "A red cat.", "A red circle.", "A red square."}),
+        ("two dogs", {"three dogs", "two cats", "two horses"}),
+        (
+            "a small red dog",
+            {"a large red dog", "a small blue dog", "a small red cat", "a small red circle", "a small red square"},
+        ),
+        # nothing is known of these, or it may be denied rightly
+        ("a lion", set()),
+        ("no red circle", set()),
+        ("", set()),
+    ],
+)
+def test_what_is_replaced(caption: str, expected: set[str]) -> None:
+    assert set(SWAPS.replaced(caption, 100, random.Random(0))) == expected
+
+
+def test_every_word_is_replaced_before_one_is_again() -> None:
+    """Of the many horses none crowds out the one other size."""
+    made = HardNegatives([f"a {size} {colour} horse" for size in ("small", "large") for colour in COLOURS])
+    for seed in range(20):
+        found = made.replaced("a small red horse", 4, random.Random(seed))
+        assert sum("large" in text for text in found) == 1
+        assert "large" in found[0] + found[1]
+
+
+COLOURS = ("red", "blue", "green", "black", "white", "brown")
 
 
 def test_what_is_forbidden_in_other_letters_is_too() -> None:
     caption = "a red circle above a blue square"
-    assert SWAPS.of(caption, 9, random.Random(0), ["A blue  circle above a red square."]) == [
+    assert SWAPS.swapped(caption, 9, random.Random(0), ["A blue  circle above a red square."]) == [
         "a red square above a blue circle"
     ]
 
@@ -119,26 +159,30 @@ CAPTIONS = st.lists(LETTERS, max_size=12).map(" ".join)
 @settings(max_examples=300)
 def test_any_swap(pool: list[str], caption: str, count: int, forbidden: list[str], seed: int) -> None:
     pool = [*pool, *POOL]
-    swaps = Swaps(pool)
-    every = swaps.of(caption, 1000, random.Random(seed))
+    swaps = HardNegatives(pool)
+    every = swaps.swapped(caption, 1000, random.Random(seed))
     assert caption not in every
     assert len(set(every)) == len(every)
     assert all(words(text) == words(caption) for text in every)
     assert all(sum(a != b for a, b in zip(text.split(), caption.split(), strict=True)) <= 4 for text in every)
     banned = [*forbidden, *every[::2]]
-    found = swaps.of(caption, count, random.Random(seed), banned)
+    found = swaps.swapped(caption, count, random.Random(seed), banned)
     assert not set(found) & {*banned, caption}
     assert set(found) <= set(every)
     assert len(found) <= count
+    for text in swaps.replaced(caption, count, random.Random(seed), banned):
+        assert text not in {*banned, caption}
+        changed = [(a, b) for a, b in zip(text.split(), caption.split(), strict=True) if a != b]
+        assert 1 <= len(changed) <= 2  # with its article
     # whatever the order of the captions
-    assert Swaps(pool[::-1]).of(caption, count, random.Random(seed), banned) == found
+    assert HardNegatives(pool[::-1]).swapped(caption, count, random.Random(seed), banned) == found
 
 
 @given(st.text(max_size=40), st.text(max_size=40))
 def test_any_letters(text: str, other: str) -> None:
     """Capitals that small letters split ("İ"), combining marks, no words at all."""
-    swaps = Swaps([f"a {text} {other}", text, other])
-    for made in swaps.of(f"{text} above {other}", 5, random.Random(0)):
+    swaps = HardNegatives([f"a {text} {other}", text, other])
+    for made in swaps.swapped(f"{text} above {other}", 5, random.Random(0)):
         assert made != f"{text} above {other}"
 
 
@@ -199,7 +243,7 @@ def rates(pools: list[list[tuple[str, Scene]]]) -> tuple[float, float, float]:
     """Of captions the share that has swaps; of swaps those that are true, and those that the world would not say."""
     swapped, made, true, odd = 0, 0, 0, 0
     for pool in pools:
-        swaps = Swaps(caption for caption, _ in pool)
+        swaps = HardNegatives(caption for caption, _ in pool)
         for caption, scene in pool:
             every = all_of(caption, swaps)
             swapped += bool(every)
@@ -221,6 +265,23 @@ def test_swaps_are_hardly_ever_true_of_the_scene(level: world.Level, size: int, 
     assert found[2] <= odd
 
 
+@pytest.mark.parametrize("level", ["easy", "standard"])
+def test_replacements_are_seldom_true_of_the_scene(level: world.Level) -> None:
+    """Some are: "over" for "above", and where there is another thing of that name."""
+    pool = said(level, 0, 512)
+    made = HardNegatives(caption for caption, _ in pool)
+    every = [(text, scene) for caption, scene in pool for text in made.replaced(caption, 3, random.Random(0))]
+    assert len(every) > 2.9 * len(pool)
+    true, odd = 0, 0
+    for text, scene in every:
+        try:
+            true += holds(read(text), scene)
+        except (AssertionError, KeyError, ValueError):  # "top of a star", which the world would not say
+            odd += 1
+    assert true / len(every) < 0.04
+    assert odd / len(every) < 0.05
+
+
 @pytest.mark.parametrize("task", ["comvg", "winoground"])
 def test_swaps_of_the_tasks_captions(task: str) -> None:
     """Most captions of a task have swaps, and those of a Winoground group are often each other's."""
@@ -231,6 +292,6 @@ def test_swaps_of_the_tasks_captions(task: str) -> None:
     assert true < 0.01
     assert odd == 0
     if task == "winoground":
-        swaps = Swaps(text for d in drawn for text in d.texts)
+        swaps = HardNegatives(text for d in drawn for text in d.texts)
         assert sum(d.texts[1] in all_of(d.texts[0], swaps) for d in drawn) > 16
-        assert not any(set(d.texts) & set(swaps.of(d.texts[0], 99, random.Random(0), d.texts)) for d in drawn)
+        assert not any(set(d.texts) & set(swaps.swapped(d.texts[0], 99, random.Random(0), d.texts)) for d in drawn)

@@ -66,6 +66,7 @@ def fit(
     *,
     config: FitConfig | None = None,
     prompt: PromptConfig | None = None,
+    start: Adapter | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     log: str | os.PathLike[str] | None = None,
@@ -82,7 +83,10 @@ def fit(
             ``weights`` by itself holds out ``examples`` by turns in any case, and keeps the zero-shot score if that
             does better on those given; after prompts or tokens, weights are learned from examples that were held out.
         config: How to learn.
-        prompt: Where prompts go; their soft tokens count if the method has ``tokens``.
+        prompt: Where prompts go; their soft tokens count if the method has ``tokens``. With ``start`` it is that
+            which says so.
+        start: Prompts to learn on from, by a method with ``prompt``; its score does not count, the scorer's does. What
+            is learned then has to be better than these prompts as they are, and they are kept if it is not.
         checkpoint: A file to keep the state of training in; delete it when the adapter is saved. ``weights`` starts
             anew.
         resume: Go on from ``checkpoint`` if it is there; the result is the same as without the stop. What one method
@@ -93,11 +97,12 @@ def fit(
         progress: Whether to show progress bars, on stderr.
 
     Raises:
-        OptionError: If there is nothing to learn from, if validation examples show pictures that are learned from, or
-            if the checkpoint is of another request.
+        OptionError: If there is nothing to learn from, if validation examples show pictures that are learned from, if
+            ``start`` has nothing to start from, or if the checkpoint is of another request.
+        AdapterError: If ``start`` was made for another base model.
         ModelError: If the loss stops being finite.
     """
-    config, prompt = (config or FitConfig()).resolved(len(examples)), prompt or PromptConfig()
+    config = (config or FitConfig()).resolved(len(examples))
     zero, denoiser = scorer.score.config, scorer.backbone.denoiser
     idle = [e.id for e in (*examples, *(validation or ())) if not choices_of(e)]
     if idle:
@@ -109,6 +114,10 @@ def fit(
     if zero.kind == WEIGHTED:
         raise OptionError("got a score whose weights are learned, expected a zero-shot one to start from")
     prompts.check_bare(denoiser)
+    if start is not None:
+        prompt = _placing(start, config, prompt)
+        start.attach(scorer.backbone)  # refuses now what does not fit
+        prompts.detach(denoiser)
     try:
         if config.method == "weights":
             return _fit_weights(scorer, [_Part(list(examples))], validation or None, config, None, progress).adapter
@@ -118,7 +127,7 @@ def fit(
         keeper = None if checkpoint is None else Path(checkpoint)
         team = Team(accelerator)
         with checkpointed(denoiser, config.gradient_checkpointing):
-            adapter, parts = _Gradient(scorer, config, prompt, team, keeper, log).fit(
+            adapter, parts = _Gradient(scorer, config, prompt or PromptConfig(), start, team, keeper, log).fit(
                 turns, list(examples), resume, progress
             )
         if "weights" in config.pieces:
@@ -170,6 +179,32 @@ def turns_of(examples: Sequence[Example], validation: Sequence[Example] | None, 
     return [turn]
 
 
+def _placing(start: Adapter, config: FitConfig, prompt: PromptConfig | None) -> PromptConfig:
+    """Where the prompts of an adapter go that are to be learned on.
+
+    Raises:
+        OptionError: If that cannot be.
+    """
+    if start.prompts is None:
+        raise OptionError(
+            "got an adapter without prompts to start from (zero-shot was kept, or only weights were learned), expected "
+            "one with prompts"
+        )
+    if "prompt" not in config.pieces:
+        raise OptionError(
+            f"got method {config.method!r} and an adapter to start from, expected a method with 'prompt', which learns "
+            "on from its prompts"
+        )
+    if "tokens" in config.pieces and not start.prompts.tokens:
+        raise OptionError(
+            f"got method {config.method!r} and an adapter without soft tokens to start from, expected one with some, "
+            "or a method without 'tokens'"
+        )
+    if prompt not in (None, start.prompts):
+        raise OptionError("got a configuration of prompts and an adapter to start from, expected one of them")
+    return start.prompts
+
+
 def resolve(prompt: PromptConfig, config: FitConfig) -> PromptConfig | None:
     """What a method attaches to the model; None if nothing."""
     if not config.pieces & {"prompt", "tokens"}:
@@ -197,13 +232,16 @@ class _Gradient:
         scorer: Scorer,
         config: FitConfig,
         prompt: PromptConfig,
+        start: Adapter | None,
         team: Team,
         keeper: Path | None,
         log: str | os.PathLike[str] | None,
     ) -> None:
         self.scorer, self.config, self.team, self.keeper, self.log = scorer, config, team, keeper, log
         self.zero = scorer.score.config
-        self.prompt = resolve(prompt, config)
+        self.begun = None if start is None else dict(start.state)
+        """Prompts that are learned on."""
+        self.prompt = resolve(prompt, config) if start is None else prompt
         self.features: Features | None = None
         if config.pieces & {"heads", "weights"}:
             self.features = Features(scorer.backbone, self.zero.layers, self.zero.direction)
@@ -267,7 +305,9 @@ class _Gradient:
         config = {**asdict(self.config), "method": method, "draws": None, "apart": self.apart}
         asked: list[Any] = [self.base, config, placed, self.zero.to_dict(), self.scorer.size, data]
         if self.scorer.noise_was_given:
-            asked.append(hashlib.blake2b(self.scorer.noise.cpu().numpy().tobytes(), digest_size=16).hexdigest())
+            asked.append(_digest(self.scorer.noise))
+        if self.begun is not None:
+            asked.append({name: _digest(values) for name, values in self.begun.items()})
         request = json.dumps(asked, sort_keys=True)
         # in one order, whether it was stopped or not: what is encoded together decides the last bit
         self.scorer.latents([image for turn in turns for e in (*turn.examples, *turn.held_out) for image in e.images])
@@ -294,7 +334,14 @@ class _Gradient:
             looks = min(len(trail.steps) for trail in trails[: len(turns)])
             scores = [torch.cat([t.scores[i] for t in trails[: len(turns)]]).numpy() for i in range(looks)]
             dear = [t.as_dear for t in trails[: len(turns)] if t.as_dear is not None]
-            found = verdict(jury, scores, self._weigh, torch.cat(dear).numpy() if dear else None)
+            bare = [t.bare for t in trails[: len(turns)] if t.bare is not None]
+            found = verdict(
+                jury,
+                scores,
+                self._weigh,
+                torch.cat(dear).numpy() if dear else None,
+                torch.cat(bare).numpy() if bare else None,
+            )
             best = found.best
             learned: dict[str, Tensor] = dict(trails[0].learned[best])
             if best and len(turns) > 1:  # all examples teach, for as long as was best for those held out
@@ -313,6 +360,7 @@ class _Gradient:
             "examples": len(taught_on),
             "validation_examples": len(judged_on),
             "turns": len(turns),
+            "started": self.begun is not None,
             "data": {"examples": dataset_checksum(taught_on), "validation": dataset_checksum(judged_on)},
             "kept": best > 0,
             "validation": figures,
@@ -337,17 +385,27 @@ class _Gradient:
             trails: Of the runs so far, of which the last one is this run's if there is a state to go on from.
         """
         scorer, config, denoiser = self.scorer, self.config, self.scorer.backbone.denoiser
-        if k == len(trails):
+        held_out = Jury(turn.held_out)
+        fresh = k == len(trails)
+        if fresh:
             trails.append(Trail())
-            if turn.held_out:  # as they fare before learning
-                trails[k].add(0, None, held_out_scores(scorer, Jury(turn.held_out), self.team), {})
+        if fresh and turn.held_out and (self.begun is None or self.apart):
+            zero_shot = held_out_scores(scorer, held_out, self.team)
+            if self.begun is not None:
+                trails[k].bare = zero_shot
+            else:
+                trails[k].add(0, None, zero_shot, {})
                 if self.apart and not scorer.noise_was_given:
                     scorer.use(replace(self.zero, timesteps=self.zero.timesteps + self.start.timesteps))
-                    trails[k].as_dear = held_out_scores(scorer, Jury(turn.held_out), self.team)
+                    trails[k].as_dear = held_out_scores(scorer, held_out, self.team)
         if self.prompt is not None:
             prompts.attach(denoiser, self.prompt, config.seed)
         try:
             scorer.use(self.start)
+            if self.begun is not None:
+                prompts.load_state(denoiser, self.begun)
+                if fresh and turn.held_out:
+                    trails[k].add(0, None, held_out_scores(scorer, held_out, self.team), self.begun)
             if "heads" in config.pieces and self.features is not None:  # the same score, with weights to be learned
                 same = self.features.weights_of(self.start.terms).repeat(len(self.start.timesteps), 1)
                 scorer.use(replace(self.start, kind=WEIGHTED, layers=self.features.layers, weights=None), same)
@@ -370,8 +428,6 @@ class _Gradient:
                     bar.set_postfix(accuracy=f"{accuracy:.3f}")
 
             bar.update(learner.done)
-            held_out = Jury(turn.held_out)
-
             learn(learner, held_out, steps, trails[k], weigh=self._weigh, keep=keep, tick=tick)
             bar.update(steps - learner.done)
             return learner.learned()
@@ -396,6 +452,11 @@ class _Gradient:
             names = self.features.names
         self.scorer.use(score, weights)
         return Adapter(self.base, score, placed, learned, self.scorer.size, training, scale, weights, names)
+
+
+def _digest(values: Tensor) -> str:
+    """32 hex digits over a tensor's values."""
+    return hashlib.blake2b(values.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _point(trails: Sequence[Trail], i: int, judged: Judged) -> dict[str, float]:

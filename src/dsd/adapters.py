@@ -303,9 +303,10 @@ def _card(adapter: Adapter, name: str) -> str:
         lines.append(f"- Examples: {training['examples']} to learn from{sums[0]}, {validated}")
     if "validation" in training:
         figures = training["validation"]
+        first = "as it started, from prompts that were learned before" if training.get("started") else "zero-shot"
         dear = f" ({figures['as_dear']:.3f} in as many passes)" if "as_dear" in figures else ""
         lines.append(
-            f"- Validation accuracy: {figures['before']:.3f} zero-shot{dear}, {figures['after']:.3f} "
+            f"- Validation accuracy: {figures['before']:.3f} {first}{dear}, {figures['after']:.3f} "
             f"[{figures['low']:.3f}, {figures['high']:.3f}] learned"
         )
         head.model_name = name

@@ -122,11 +122,11 @@ class Verdict:
     """What held-out examples say of what was being learned, look by look.
 
     Attributes:
-        best: The look that is kept: the first, which is zero-shot, unless a later one is clearly better.
-        weight: Of the zero-shot score beside what was learned by then.
+        best: The look that is kept: the first, before learning, unless a later one is clearly better.
+        weight: Of the score beside what was learned by then.
         scale: What the scores of the best look are multiplied by, so that their differences are log-odds.
         curve: Every look, judged by all examples.
-        before, as_dear, after: Zero-shot, zero-shot in as many passes, and what is kept, honestly judged.
+        before, as_dear, after: Before learning, that in as many passes, and what is kept, honestly judged.
         calibration: How far probabilities of what is kept can be taken at their word, honestly judged.
     """
 
@@ -141,7 +141,7 @@ class Verdict:
 
 
 def alone(_jury: Jury, _before: np.ndarray, _now: np.ndarray) -> float:
-    """Weighs zero-shot beside what was learned: not at all."""
+    """Weighs a score beside another: not at all."""
     return 0.0
 
 
@@ -150,36 +150,37 @@ def verdict(
     looks: Sequence[Float[np.ndarray, " pairs"]],
     weigh: Callable[[Jury, np.ndarray, np.ndarray], float] = alone,
     as_dear: Float[np.ndarray, " pairs"] | None = None,
+    beside: Float[np.ndarray, " pairs"] | None = None,
 ) -> Verdict:
     """Chooses a look, and says how good it is.
 
     The best of many looks at a few examples flatters them. So each part of the examples is judged at the look, with the
-    weight and at the scale that the others chose. What was learned is kept if it is then better than zero-shot beyond
-    doubt (:meth:`Judged.beats`), and ranks no lower than that in as many passes.
+    weight and at the scale that the others chose. What was learned is kept if it is then better than what it started
+    from beyond doubt (:meth:`Judged.beats`), and ranks no lower than that in as many passes.
 
     Args:
         jury: Of the held-out examples.
-        looks: Scores of all their pairs at each look, the first of them zero-shot.
-        weigh: The weight of the zero-shot score, given a jury and the scores of its pairs before and after learning.
-        as_dear: Zero-shot scores in as many passes as what was learned takes; None: these are the first look's.
+        looks: Scores of all their pairs at each look, the first of them before learning.
+        weigh: The weight of a score beside another, given a jury and the scores of its pairs by one and the other.
+        as_dear: Scores without learning in as many passes as what was learned takes; None: these are the first look's.
+        beside: Scores that are weighed beside every look's; None: the first look's beside those after it.
     """
-    as_dear = looks[0] if as_dear is None else as_dear
+    added = looks[0] if beside is None else beside
 
-    def choose(jury: Jury, rows: Rows | slice) -> tuple[int, float, list[Judged]]:
-        weights = [0.0, *(weigh(jury, looks[0][rows], now[rows]) for now in looks[1:])]
-        judged = [jury.judge(now[rows] + w * looks[0][rows]) for now, w in zip(looks, weights, strict=True)]
-        best = max(range(len(looks)), key=lambda i: judged[i].rank)
-        return best, weights[best], judged
+    def choose(jury: Jury, rows: Rows | slice) -> tuple[int, list[float], list[Judged]]:
+        weights = [0.0 if now is added else weigh(jury, added[rows], now[rows]) for now in looks]
+        judged = [jury.judge(now[rows] + w * added[rows]) for now, w in zip(looks, weights, strict=True)]
+        return max(range(len(looks)), key=lambda i: judged[i].rank), weights, judged
 
     scaled = np.zeros((3, len(jury.pairs)))
     for mine, others, theirs in jury.parts(PARTS):
-        best, weight, judged = choose(others, theirs)
-        scaled[0, mine] = judged[0].scale * looks[0][mine]
-        scaled[1, mine] = others.judge(as_dear[theirs]).scale * as_dear[mine]
-        scaled[2, mine] = judged[best].scale * (looks[best][mine] + weight * looks[0][mine])
+        best, weights, judged = choose(others, theirs)
+        for row, look in ((0, 0), (2, best)):
+            scaled[row, mine] = judged[look].scale * (looks[look][mine] + weights[look] * added[mine])
+        scaled[1, mine] = scaled[0, mine] if as_dear is None else others.judge(as_dear[theirs]).scale * as_dear[mine]
     before, dear, after = (jury.judge(scores, 1.0) for scores in scaled)
-    best, weight, judged = choose(jury, slice(None))
+    best, weights, judged = choose(jury, slice(None))
     if not (best and after.beats(before) and after.rank >= dear.rank):
-        best, weight, after, scaled[2] = 0, 0.0, before, scaled[0]
+        best, after, scaled[2] = 0, before, scaled[0]
     calibration = jury.calibration(scaled[2], 1.0)
-    return Verdict(best, weight, judged[best].scale, tuple(judged), before, dear, after, calibration)
+    return Verdict(best, weights[best], judged[best].scale, tuple(judged), before, dear, after, calibration)

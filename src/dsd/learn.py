@@ -566,6 +566,8 @@ class Trail:
         learned: What had been learned (:meth:`Learner.learned`).
         as_dear: (pairs,) zero-shot scores in as many passes as what is learned takes; None where that takes no more,
             and where noise was given, which has no more to give.
+        bare: (pairs,) zero-shot scores, which are added to what an adapter started from; None where nothing is, or
+            where the first look is zero-shot.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -573,6 +575,7 @@ class Trail:
     scores: list[Tensor] = field(default_factory=list)
     learned: list[dict[str, Tensor]] = field(default_factory=list)
     as_dear: Tensor | None = None
+    bare: Tensor | None = None
 
     def add(self, step: int, loss: float | None, scores: Tensor, learned: dict[str, Tensor]) -> None:
         self.steps.append(step)
@@ -607,7 +610,7 @@ def learn(
         jury: Of the examples to look at; without any, there are no looks, and it takes all steps.
         steps: At most.
         trail: Of the looks so far, the first before learning; is added to.
-        weigh: As for :func:`dsd.jury.verdict`.
+        weigh: As for :func:`dsd.jury.verdict`, which adds the same.
         keep: Called where the state of learning is worth keeping.
         tick: Called after every step, with the latest held-out accuracy.
     """
@@ -615,9 +618,10 @@ def learn(
     _, every = config.schedule
 
     def rank(scores: Tensor) -> tuple[float, float]:
-        before, now = trail.scores[0].numpy(), scores.numpy()
-        weight = 0.0 if scores is trail.scores[0] else weigh(jury, before, now)
-        return jury.judge(now + weight * before).rank
+        beside = trail.scores[0] if trail.bare is None else trail.bare
+        added, now = beside.numpy(), scores.numpy()
+        weight = 0.0 if scores is beside else weigh(jury, added, now)
+        return jury.judge(now + weight * added).rank
 
     ranks = [rank(scores) for scores in trail.scores]
     losses: list[float] = []

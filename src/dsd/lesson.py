@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from dsd.contracts import Example, OptionError
 from dsd.images import content_hash, load_image
-from dsd.negatives import Swaps
+from dsd.negatives import HardNegatives
 from dsd.weights import Choice
 
 
@@ -56,7 +56,7 @@ class Negatives:
         texts: Captions of other examples for each right pair; None: one, but none for an example that has both wrong
             captions for a right picture and wrong pictures for a right caption.
         images: Pictures of other examples for each right pair; None: as for ``texts``.
-        swaps: Captions made of its own by exchanging words, for each right pair (:class:`dsd.negatives.Swaps`).
+        swaps: Captions made of its own by exchanging words, for each right pair (:class:`dsd.negatives.HardNegatives`).
         candidates: Images, and texts, of an example that take part at most: the right ones, and others drawn anew each
             time; None takes all.
     """
@@ -75,7 +75,7 @@ class Negatives:
         self._captions = sorted({text for e in self._examples for text in e.texts})
         self._pictures = [(i, k) for i, e in enumerate(self._examples) for k in range(len(e.images))]
         self._akin = _akin(self._examples)
-        self._swaps = Swaps(self._captions) if swaps else None
+        self._swaps = HardNegatives(self._captions) if swaps else None
 
     def join(self, i: int, rng: random.Random) -> Drawn:
         """Example ``i``'s own pairs first, then each right one's wrong candidates, drawn anew each time."""
@@ -89,7 +89,7 @@ class Negatives:
             caption = example.texts[text]
             wrong = self._captions_for(i, image, rng)
             if self._swaps is not None:
-                wrong += self._swaps.of(caption, self._swapped, rng, {*example.texts, *wrong})
+                wrong += self._swaps.swapped(caption, self._swapped, rng, {*example.texts, *wrong})
             places = self._pictures_for(i, text, rng)
             for captions, pictures in ((wrong, [(i, image)] * len(wrong)), ([caption] * len(places), places)):
                 own, first = shown.index(image) * len(said) + said.index(text), len(texts)

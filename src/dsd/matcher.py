@@ -428,6 +428,7 @@ class Matcher:
         *,
         config: FitConfig | None = None,
         prompt: PromptConfig | None = None,
+        start: Adapter | str | os.PathLike[str] | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         resume: bool = False,
         log: str | os.PathLike[str] | None = None,
@@ -436,9 +437,14 @@ class Matcher:
     ) -> Self:
         """Teaches the matcher from labelled examples; see :func:`dsd.adapt.fit`. An earlier lesson is forgotten.
 
+        Args:
+            start: An adapter, or where one is (:meth:`load_adapter`), whose prompts are learned on from; an earlier
+                lesson of this matcher is ``start=matcher.adapter``.
+
         Raises:
             OptionError: If the model is offloaded layer by layer.
         """
+        started = start if start is None or isinstance(start, Adapter) else Adapter.load(start)
         if self.backbone.offload == "sequential":
             raise OptionError(
                 "got a model that is offloaded layer by layer to learn with, expected offload 'model' or none; a "
@@ -451,6 +457,7 @@ class Matcher:
             validation,
             config=config,
             prompt=prompt,
+            start=started,
             checkpoint=checkpoint,
             resume=resume,
             log=log,

@@ -1,8 +1,10 @@
-"""Hard negatives: wrong captions in the words of a right one, two of which have changed places.
+"""Hard negatives: wrong captions that differ from a right one in a word or two.
 
-"a red circle above a blue square" becomes "a blue circle above a red square" or "a red square above a blue circle",
-which only a model that binds words to each other can tell from it. There is no grammar and no dictionary: captions show
-which words take each other's place. Standard library only.
+In *swaps* two words have changed places (as in ARO, Yuksekgonul et al. 2023): "a red circle above a blue square"
+becomes "a blue circle above a red square" or "a red square above a blue circle", which only a model that binds words to
+each other can tell from it. In *replacements* another word stands in the place of one (as in SugarCrepe, Hsieh et al.
+2023): "a green circle above a blue square". There is no grammar and no dictionary: captions show which words take each
+other's place. Standard library only.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import combinations, pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations, pairwise, zip_longest
 
 _WORD = re.compile(r"(\w+(?:['’-]\w+)*)")
 _ARTICLES = ("a", "an")
@@ -36,8 +38,8 @@ _Text = tuple[Sequence[str], Sequence[str]]
 """A caption's words in small letters, and the punctuation before each of them and after the last."""
 
 
-class Swaps:
-    """Learns from captions which words take each other's place, and swaps two such words of a caption.
+class HardNegatives:
+    """Learns from captions which words take each other's place, and makes wrong captions of right ones.
 
     Words gather in *kinds*: two are of one kind if captions show them between the same neighbours ("a red circle", "a
     blue circle"), or between neighbours of the same kinds; those that share most places come first. Words that stand
@@ -51,6 +53,9 @@ class Swaps:
     next to a dog" has no swaps, "a red cat next to a blue dog" has. A caption that denies something has none either,
     since its swap is often denied rightly. Symmetric words and denials are known in English only.
 
+    A replacement is less certain to be wrong: it is right where the picture shows two things that one caption names,
+    and where the words mean the same ("above", "over").
+
     Args:
         captions: Right and wrong ones alike; the more, the more words are known.
     """
@@ -63,8 +68,11 @@ class Swaps:
             for article, word in pairwise(words):
                 if article in _ARTICLES:
                     self._articles[word][article] += 1
+        self._alternatives: dict[str, list[str]] = defaultdict(list)
+        for word, kind in sorted(self._kinds.items()):
+            self._alternatives[kind].append(word)
 
-    def of(self, caption: str, count: int, rng: random.Random, forbidden: Iterable[str] = ()) -> list[str]:
+    def swapped(self, caption: str, count: int, rng: random.Random, forbidden: Iterable[str] = ()) -> list[str]:
         """Wrong captions in the words of a right one; "a" and "an" count as one word, and fit what follows.
 
         Args:
@@ -77,14 +85,48 @@ class Swaps:
         Returns:
             Distinct captions in random order, at most ``count``; none if no two words can be swapped.
         """
-        found = {_plain(text): text for text in self._all(caption)}
+        found = {_plain(text): text for text in self._swaps(caption)}
         for text in (caption, *forbidden):
             found.pop(_plain(text), None)
         return rng.sample(list(found.values()), min(count, len(found)))
 
-    def _all(self, caption: str) -> Iterator[str]:
-        words, gaps = _read(caption)
-        if any(word in _DENIALS or word.endswith(("n't", "n’t")) for word in words):
+    def replaced(self, caption: str, count: int, rng: random.Random, forbidden: Iterable[str] = ()) -> list[str]:
+        """Wrong captions with another word of its kind in the place of one of a right one.
+
+        Every word that can be replaced has its turn before one is replaced again: kinds of many words, such as colours,
+        do not crowd out those of two.
+
+        Args:
+            caption, count, rng, forbidden: As for :meth:`swapped`.
+
+        Returns:
+            Distinct captions, at most ``count``; none if no word has others of its kind.
+        """
+        turns = [rng.sample(texts, len(texts)) for texts in self._replacements(caption)]
+        rng.shuffle(turns)
+        known = {_plain(text) for text in (caption, *forbidden)}
+        found: list[str] = []
+        for text in (text for turn in zip_longest(*turns) for text in turn if text is not None):
+            if len(found) < count and _plain(text) not in known:
+                known.add(_plain(text))
+                found.append(text)
+        return found
+
+    def _replacements(self, caption: str) -> Iterator[list[str]]:
+        """Of each word that can be replaced the captions with another in its place."""
+        said, (words, _) = _words(caption), _read(caption)
+        if _denies(words):
+            return
+        for i, word in enumerate(words):
+            others = self._alternatives.get(self._kinds.get(word, ""), ())
+            beside = {words[k] for k in (i - 1, i + 1) if 0 <= k < len(words)}
+            alike = [other for other in others if _plural(other) == _plural(word) and other not in {word, *beside}]
+            if alike:
+                yield [self._with(caption, {i: _as(said[i], other)}) for other in alike]
+
+    def _swaps(self, caption: str) -> Iterator[str]:
+        said, (words, gaps) = _words(caption), _read(caption)
+        if _denies(words):
             return
         for i, j in combinations(range(len(words)), 2):
             if not self._alike(words[i], words[j]) or _plural(words[i]) != _plural(words[j]):
@@ -92,19 +134,20 @@ class Swaps:
             symmetric = any(gaps[i + 1 : j + 1]) or not _SYMMETRIC.isdisjoint(words[i + 1 : j])
             bound = any(self._alike(words[i + k], words[j + k]) for k in (-1, 1) if i + k >= 0 and j + k < len(words))
             if bound or not symmetric:
-                yield self._swapped(caption, i, j)
+                a, b = said[i], said[j]
+                # a capital at the start is the sentence's, others are a name's
+                yield self._with(caption, {i: _as(a, b), j: _as(b, a)} if i == 0 else {i: b, j: a})
 
     def _alike(self, a: str, b: str) -> bool:
         return a != b and a in self._kinds and self._kinds[a] == self._kinds.get(b)
 
-    def _swapped(self, caption: str, i: int, j: int) -> str:
-        """A caption with its words ``i < j`` in each other's place."""
+    def _with(self, caption: str, changes: Mapping[int, str]) -> str:
+        """A caption with other words at some places, and the articles that they take."""
         parts = _WORD.split(caption)
         words = parts[1::2]
-        a, b = words[i], words[j]
-        # a capital at the start is the sentence's, others are a name's
-        words[i], words[j] = (_as(a, b), _as(b, a)) if i == 0 else (b, a)
-        for at in (i, j):
+        for at, word in changes.items():
+            words[at] = word
+        for at in changes:
             if at and words[at - 1].lower() in _ARTICLES:
                 words[at - 1] = _as(words[at - 1], self._article(words[at].lower()))
         parts[1::2] = words
@@ -116,9 +159,23 @@ class Swaps:
         return max(_ARTICLES, key=lambda article: (seen[article], (article == "an") == (word[0] in "aeiou")))
 
 
+def _words(caption: str) -> list[str]:
+    """As they are written."""
+    return _WORD.split(caption)[1::2]
+
+
 def _read(caption: str) -> _Text:
     parts = _WORD.split(caption)
     return [word.lower() for word in parts[1::2]], [gap.strip() for gap in parts[::2]]
+
+
+def _ends(gap: str) -> bool:
+    """Whether a sentence ends there."""
+    return any(mark in gap for mark in ".?!")
+
+
+def _denies(words: Sequence[str]) -> bool:
+    return any(word in _DENIALS or word.endswith(("n't", "n’t")) for word in words)
 
 
 def _plain(caption: str) -> str:
@@ -143,9 +200,10 @@ def _kinds(texts: Iterable[_Text]) -> dict[str, str]:
         for k, word in enumerate(known):
             if word in _FIXED:
                 continue
-            before = gaps[k] or known[k - 1] if k else ""
-            after = gaps[k + 1] or known[k + 1] if k + 1 < len(known) else ""
-            if before or after:  # a caption of one word says nothing of its place
+            # what another sentence begins or ends with says nothing of a word's place
+            before = "" if k == 0 or _ends(gaps[k]) else gaps[k] or known[k - 1]
+            after = "" if k + 1 == len(known) or _ends(gaps[k + 1]) else gaps[k + 1] or known[k + 1]
+            if before or after:  # nor does a sentence of one word
                 places.add((before, word, after))
             if after not in ("", word, gaps[k + 1]) and after not in _FIXED:
                 apart[word].add(after)

@@ -24,12 +24,14 @@ class Lesson:
     Attributes:
         examples: The few shots.
         config: How to learn; its seed also says which examples were drawn.
-        prompt: Where prompts go.
+        prompt: Where prompts go; None where an adapter says so that is started from.
+        start: The file or folder of that adapter.
     """
 
     examples: tuple[Example, ...]
     config: FitConfig
-    prompt: PromptConfig
+    prompt: PromptConfig | None
+    start: str | PathLike[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that tell it from other lessons."""
@@ -38,7 +40,8 @@ class Lesson:
             "seed": self.config.seed,
             "dataset": dataset_checksum(self.examples),
             "fit": asdict(self.config),
-            "prompt": asdict(self.prompt),
+            "prompt": None if self.prompt is None else asdict(self.prompt),
+            **({} if self.start is None else {"start": _digest(Path(self.start))}),
         }
 
 
@@ -85,6 +88,7 @@ def teach(
         lesson.examples,
         config=lesson.config,
         prompt=lesson.prompt,
+        start=lesson.start,
         checkpoint=checkpoint,
         resume=True,
         progress=progress,

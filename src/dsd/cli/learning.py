@@ -61,7 +61,7 @@ def add(commands: Commands) -> None:
         help=f"numbers of examples (default: {','.join(map(str, SHOTS))})",
     )
     curve.add_argument("--seeds", type=int, default=3, metavar="N", help="draws of each number (default: %(default)s)")
-    learning_options(curve)
+    learning_options(curve, start=False)
     world_options(curve, split=False)
     model_options(curve, adapter=False)
 
@@ -84,6 +84,7 @@ def _fit(a: argparse.Namespace) -> None:
         validation,
         config=config,
         prompt=prompt,
+        start=a.start,
         progress=watched(),
         checkpoint=checkpoint,
         resume=a.resume,
@@ -100,7 +101,8 @@ def _fit(a: argparse.Namespace) -> None:
         print_json({"adapter": str(out), **training})
         return
     figures = training["validation"]
-    rows = [("zero-shot", figures["before"]), ("learned", figures["after"])]
+    first = "zero-shot" if a.start is None else "as it started"
+    rows = [(first, figures["before"]), ("learned", figures["after"])]
     if "as_dear" in figures:
         rows.insert(1, ("zero-shot, in as many passes as learned", figures["as_dear"]))
     others = f"on {training['validation_examples']} others"
@@ -109,15 +111,17 @@ def _fit(a: argparse.Namespace) -> None:
     print_table([{"": name, "accuracy": f"{value:.3f}"} for name, value in rows], ("", "accuracy"))
     if training["kept"]:
         return
+    was_kept = "zero-shot was kept" if a.start is None else "the prompts it started from were kept"
     # weights are kept for their own examples, held out by turns; others may object, however few
     judging = training["examples"] if config.method == "weights" else training["validation_examples"]
     if judging < FEWEST:
         print(
-            f"So few held-out examples cannot show that learning helps ({FEWEST} might); zero-shot was kept. Give more "
+            f"So few held-out examples cannot show that learning helps ({FEWEST} might); {was_kept}. Give more "
             "examples, or hold out more of them."
         )
         return
-    print("Learning was not clearly better there than zero-shot, or not worth its passes; zero-shot was kept.")
+    worth = "zero-shot, or not worth its passes" if a.start is None else "that"
+    print(f"Learning was not clearly better there than {worth}; {was_kept}.")
 
 
 def _export(a: argparse.Namespace) -> None:

@@ -136,7 +136,7 @@ def _eval(a: argparse.Namespace) -> None:
 _OURS = (
     *("model", "adapter", "score", "timesteps", "layers", "direction", "noise", "encodings", "compile"),
     *("device_map", "offload", "quantize_text_encoder", "channels_last", "variant", "revision", "config"),
-    *("allow_pickle", "method", "mix", "objective", "rank", "prompt_scale", "projections", "attention"),
+    *("allow_pickle", "method", "mix", "objective", "start", "rank", "prompt_scale", "projections", "attention"),
     *("prompt_layers", "tokens", "gradient_accumulation_steps", "gradient_checkpointing"),
 )
 """Options that say nothing to a baseline."""
@@ -325,7 +325,7 @@ def _few_shot(a: argparse.Namespace, examples: Sequence[Example]) -> Lesson | No
         raise OptionError(f"got --shots with {a.manifest}, expected --train too, a manifest of examples to learn from")
     check_leakage(few, examples)
     config, prompt = lesson_of(a)
-    return Lesson(tuple(few), replace(config, seed=a.shot_seed), prompt)
+    return Lesson(tuple(few), replace(config, seed=a.shot_seed), prompt, a.start)
 
 
 def _announce(cost: Cost, score: ScoreConfig | None) -> None:

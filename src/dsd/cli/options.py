@@ -45,7 +45,8 @@ class Commands:
         return command
 
 
-def learning_options(command: argparse.ArgumentParser) -> None:
+def learning_options(command: argparse.ArgumentParser, start: bool = True) -> None:
+    """Adds options of learning; ``--start`` where what is learned from nothing is not measured beside it."""
     group = command.add_argument_group("learning")
     group.add_argument(
         "--method",
@@ -61,8 +62,13 @@ def learning_options(command: argparse.ArgumentParser) -> None:
         "and weights along with it; with others, none)",
     )
     group.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
-    group.add_argument("--rank", type=int, default=4, help="rank of the prompts (default: %(default)s)")
-    group.add_argument("--prompt-scale", type=float, default=1.0, metavar="X", help="multiplies the prompts' change")
+    command.set_defaults(start=None)
+    if start:
+        group.add_argument(
+            "--start", metavar="DIR", help="an adapter whose prompts are learned on from; it says where they go, too"
+        )
+    group.add_argument("--rank", type=int, help="rank of the prompts (default: 4)")
+    group.add_argument("--prompt-scale", type=float, metavar="X", help="multiplies the prompts' change (default: 1)")
     group.add_argument(
         "--projections", metavar="P,P,...", help="what prompts change, of q,k,v,out (default: all of them)"
     )
@@ -72,7 +78,7 @@ def learning_options(command: argparse.ArgumentParser) -> None:
         help="attention layers that are prompted (default: all, or with --prompt-layers cross)",
     )
     group.add_argument("--prompt-layers", metavar="L,L,...", help="of the cross-attention layers, such as mid_block")
-    group.add_argument("--tokens", type=int, default=0, metavar="N", help="soft tokens, where these are learned")
+    group.add_argument("--tokens", type=int, metavar="N", help="soft tokens, where these are learned (default: 8)")
     group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
     group.add_argument("--batch", type=int, metavar="N", help="examples a step (default: 16)")
     group.add_argument("--learning-rate", type=float, metavar="LR")
@@ -293,7 +299,12 @@ def refuse_idle(a: argparse.Namespace, heeded: Iterable[str], method: str) -> No
         raise OptionError(f"got {', '.join(idle)} with {method}, which has no use for that; leave it out")
 
 
-def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
+def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig | None]:
+    """How to learn, and where prompts go; None where the adapter that is started from says so.
+
+    Raises:
+        OptionError: If options do not go together.
+    """
     from dsd.learn import HEEDED_BY_WEIGHTS, FitConfig
     from dsd.prompts import PromptConfig
 
@@ -307,7 +318,15 @@ def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
         gradient_checkpointing=a.gradient_checkpointing,
         **given_of(a),
     )
-    where: dict[str, Any] = {}
+    placing = ("rank", "prompt_scale", "projections", "attention", "prompt_layers", "tokens")
+    where: dict[str, Any] = {n: v for n in ("rank", "tokens") if (v := getattr(a, n)) is not None}
+    if a.start is not None:
+        idle = [f"--{n.replace('_', '-')}" for n in placing if getattr(a, n) is not None]
+        if idle:
+            raise OptionError(f"got {', '.join(idle)} with --start, whose prompts are as they are; leave it out")
+        return config, None
+    if a.prompt_scale is not None:
+        where["scale"] = a.prompt_scale
     if a.projections is not None:
         names = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
         unknown = [p for p in a.projections.split(",") if p not in names]
@@ -317,4 +336,4 @@ def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig]:
     if a.prompt_layers is not None:
         where["layers"] = tuple(a.prompt_layers.split(","))
     where["attention"] = a.attention or ("all" if a.prompt_layers is None else "cross")
-    return config, PromptConfig(rank=a.rank, scale=a.prompt_scale, tokens=a.tokens, **where)
+    return config, PromptConfig(**where)
