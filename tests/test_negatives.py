@@ -279,7 +279,7 @@ def test_replacements_are_seldom_true_of_the_scene(level: world.Level) -> None:
         except (AssertionError, KeyError, ValueError):  # "top of a star", which the world would not say
             odd += 1
     assert true / len(every) < 0.04
-    assert odd / len(every) < 0.05
+    assert odd / len(every) < 0.08
 
 
 @pytest.mark.parametrize("task", ["comvg", "winoground"])
