@@ -24,6 +24,7 @@ from dsd.cli import main, options
 from dsd.jury import FEWEST
 from dsd.learn import Learner
 from dsd.scores import SCORES
+from dsd.tasks import read_manifest
 from models import picture, save_adapter
 
 Pipe = Callable[..., str]
@@ -53,7 +54,7 @@ class Command:
 
     def refused(self, command: str, *argv: object) -> str:
         """The one line of a request that cannot be met."""
-        given = () if "--model" in argv or command == "world" else ("--model", self.model)
+        given = () if "--model" in argv or command in ("world", "negatives") else ("--model", self.model)
         status, out, err = self(command, *argv, *given)
         assert status == 2, err
         assert out == ""
@@ -449,7 +450,8 @@ def test_arguments_that_make_no_command(dsd: Command, argv: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["score", "rank", "fit", "curve", "eval", "compare", "export", "models", "world", "explain", "demo"]
+    "command",
+    ["score", "rank", "negatives", "fit", "curve", "eval", "compare", "export", "models", "world", "explain", "demo"],
 )
 def test_every_command_has_help(dsd: Command, command: str) -> None:
     status, out, err = dsd(command, "--help")
@@ -828,6 +830,49 @@ def test_checkpoint_of_another_request(dsd: Command, lesson: Path, tmp_path: Pat
 )
 def test_bad_options_of_learning(dsd: Command, lesson: Path, tmp_path: Path, options: tuple[str, str]) -> None:
     assert "expected" in dsd.refused("fit", lesson, "--out", tmp_path / "adapter", *options)
+
+
+def test_learning_on_from_an_adapter(dsd: Command, lesson: Path, tmp_path: Path) -> None:
+    start, out = save_adapter(tmp_path / "start", dsd.model), tmp_path / "adapter"
+    how = ("--max-steps", "2", "--timesteps", "300", "--score", "attention", "--start", start)
+    status, printed, err = dsd("fit", lesson, "--out", out, *how, "--learning-rate", "1e-9", "--model", dsd.model)
+    assert (status, err) == (0, "")
+    assert "as it started" in printed
+    assert "the prompts it started from were kept" in printed
+    assert "zero-shot" not in printed
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "start" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert "as it started, from prompts that were learned before" in (out / "README.md").read_text()
+    again = ("fit", lesson, "--out", out)
+    assert "got --rank, --attention with --start" in dsd.refused(*again, *how, "--rank", "2", "--attention", "cross")
+    assert "'heads' and an adapter to start from" in dsd.refused(*again, *how, "--method", "heads")
+    assert "got no adapter" in dsd.refused(*again, *how[:-1], tmp_path / "none")
+    task = ("eval", "comvg", "--level", "easy", "--count", "6", "--shots", "12", "--hold-out", "0.5", *how)
+    few = dsd.json(*task, "--out", tmp_path / "run")["request"]["few_shot"]
+    assert (few["prompt"], len(few["start"])) == (None, 32)
+    other = save_adapter(tmp_path / "other", dsd.model, scale=1.0)
+    assert "few_shot" in dsd.refused(*task[:-1], other, "--out", tmp_path / "run")
+    status, _, err = dsd("curve", "comvg", "--out", tmp_path / "curve", "--start", start)
+    assert (status, "unrecognized arguments: --start" in err) == (2, True)
+
+
+def test_captions_among_wrong_ones(dsd: Command, tmp_path: Path) -> None:
+    captions = ("a red star", "a blue star", "a red moon", "hello")
+    path = manifest(
+        tmp_path,
+        *[{"images": [f"{LETTERS[i]}.png"], "texts": [t], "positives": [[0, 0]]} for i, t in enumerate(captions)],
+    )
+    status, printed, err = dsd("negatives", path, "--out", tmp_path / "hard", "--count", "2")
+    assert (status, printed) == (0, f"{tmp_path / 'hard' / 'manifest.jsonl'}: 3 captions, each among wrong ones\n")
+    assert "1 were left out" in err
+    made = read_manifest(tmp_path / "hard" / "manifest.jsonl")
+    assert sorted(made[0].texts) == ["a blue star", "a red moon", "a red star"]
+    found = json.loads(dsd("negatives", path, "--out", tmp_path / "again", "--format", "json")[1])
+    assert (found["examples"], len(found["left_out"])) == (3, 1)
+    alone = manifest(tmp_path, {"images": ["a.png"], "texts": ["hello"], "positives": [[0, 0]]}, name="alone.jsonl")
+    assert "no word can be swapped or replaced" in dsd.refused("negatives", alone, "--out", tmp_path / "none")
+    assert "count 0" in dsd.refused("negatives", path, "--out", tmp_path / "none", "--count", "0")
 
 
 def test_options_that_weights_have_no_use_for(dsd: Command, lesson: Path, tmp_path: Path) -> None:

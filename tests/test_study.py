@@ -23,10 +23,12 @@ from dsd.backbone import Backbone, load_backbone
 from dsd.baselines import baseline
 from dsd.cli import main
 from dsd.contracts import OptionError
+from dsd.evaluate import evaluate
+from dsd.matcher import Matcher
 from dsd.metrics import paired_difference
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
-from dsd.study import grid, measure
+from dsd.study import grid, measure, store
 from dsd.study import run as running
 from dsd.study.found import START, Cell, Failures, Place, Study
 from dsd.study.grid import FULL, QUICK, Item, StudyConfig, work
@@ -121,7 +123,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Item]:
 @pytest.mark.slow
 def test_a_study_goes_on(tmp_path: Path, made: list[Item], monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(tmp_path, SMALL)
-    assert [item[0] for item in made] == ["sweep", "blind", "lesson", "lesson", "failures"]
+    assert [item[0] for item in made] == ["sweep", "blind", "captions", "lesson", "lesson", "failures"]
     assert [c.method for c in first.cells] == ["dsd prompt", "dsd weights"]
     assert first.missing == ()
     assert [(f.method, f.shots) for f in first.failures] == [("denoising", 0)]
@@ -179,6 +181,26 @@ def test_weights_go_on_from_the_prompts_of_another_lesson(tmp_path: Path, made: 
     whole["cell"].pop("seconds")
     assert rest["cell"] == whole["cell"]
     assert rest["took"] < whole["took"]
+
+
+@pytest.mark.slow
+def test_lessons_go_on_from_what_captions_taught(
+    tmp_path: Path, made: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Too few examples change nothing of it; another adapter makes what goes on from it anew, and nothing else."""
+    small = replace(SMALL, tasks=("comvg",), methods=("dsd prompt", "dsd captions, prompt"))
+    first = run(tmp_path, small)
+    captions = next(c for c in first.places[0].zero if c.method.startswith("captions"))
+    (cell,) = (c for c in first.cells if c.method == "dsd captions, prompt")
+    assert (cell.outcomes, cell.passes, cell.kept) == (captions.outcomes, 5, False)
+    matcher = Matcher.from_pretrained("tiny", adapter="tiny-captions", device="cpu", timesteps=grid.FEW)
+    examples = measure.held_out(small, "comvg", "standard")
+    assert captions.outcomes == tuple(measure.outcomes_of("comvg", examples, evaluate(matcher, examples).scores))
+    made.clear()
+    digest = store._digest
+    monkeypatch.setattr(store, "_digest", lambda folder: "0" if folder == "adapter" else digest(folder))
+    run(tmp_path, small)
+    assert [item[0:1] + item[3:4] for item in made] == [("captions",), ("lesson", "dsd captions, prompt")]
 
 
 @pytest.mark.slow

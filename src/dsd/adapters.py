@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +100,13 @@ class Adapter:
         Args:
             folder: With files of ours, a ``pytorch_lora_weights.safetensors`` or the authors' ``pytorch_model.bin``; or
                 a safetensors file, which is taken for a LoRA. A LoRA brings no score, so it gets the default one.
+                Or the name of an adapter that comes with the package, where there is no such path: ``tiny-captions``
+                (:mod:`dsd.tiny.captioned`).
 
         Raises:
             AdapterError: If there is none of these, or files that do not fit together.
         """
-        path = Path(folder)
+        path = where_is(folder)
         lora = path / LORA_FILE if path.is_dir() else path
         if lora.suffix == ".safetensors" and lora.is_file() and not (path / _CONFIG).is_file():
             return cls(None, ScoreConfig(), *read_lora(lora))
@@ -205,6 +208,18 @@ _WEIGHTS = "adapter_model.safetensors"
 _LEARNED = "weights"
 _AUTHORS = "pytorch_model.bin"
 _RELIABILITY = "reliability.png"
+
+
+EMBEDDED = {"tiny-captions": "adapter"}
+"""Adapters that come with the package, by name: folders of ``dsd.tiny``."""
+
+
+def where_is(adapter: str | os.PathLike[str]) -> Path:
+    """The path of an adapter: one that comes with the package if there is no other of this name."""
+    path = Path(adapter)
+    if str(adapter) in EMBEDDED and not path.exists():
+        return Path(str(files("dsd.tiny").joinpath(EMBEDDED[str(adapter)])))
+    return path
 
 
 def check_out(folder: str | os.PathLike[str]) -> Path:

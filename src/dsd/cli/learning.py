@@ -1,4 +1,4 @@
-"""Commands that learn from examples: ``fit``, ``export``, ``curve``."""
+"""Commands that learn from examples, or make them of captions: ``negatives``, ``fit``, ``export``, ``curve``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,16 @@ SHOTS = (0, 4, 16, 64, 256)
 
 def add(commands: Commands) -> None:
     """Adds these commands."""
+    negatives = commands.add(
+        "negatives", _negatives, "Set captions among wrong ones that differ in a word or two: examples without labels."
+    )
+    negatives.add_argument("manifest", metavar="MANIFEST", help="JSONL or CSV of images and captions of them")
+    negatives.add_argument("--out", required=True, metavar="DIR", help="folder of the new manifest")
+    negatives.add_argument(
+        "--count", type=int, default=3, metavar="N", help="wrong captions for each at most (default: %(default)s)"
+    )
+    negatives.add_argument("--seed", type=int, default=0)
+
     fit = commands.add("fit", _fit, "Learn from labelled examples; writes an adapter that --adapter reads.")
     fit.add_argument("manifest", metavar="MANIFEST", help="JSONL or CSV of examples")
     fit.add_argument("--out", required=True, metavar="DIR", help="folder of the adapter")
@@ -64,6 +74,28 @@ def add(commands: Commands) -> None:
     learning_options(curve, start=False)
     world_options(curve, split=False)
     model_options(curve, adapter=False)
+
+
+def _negatives(a: argparse.Namespace) -> None:
+    from dsd.tasks import read_manifest, with_hard_negatives, write_manifest
+
+    made, left_out = with_hard_negatives(read_manifest(a.manifest), a.count, a.seed)
+    if not made:
+        raise OptionError(
+            f"got {len(left_out)} captions in which no word can be swapped or replaced, expected some that share words "
+            "with others; give more captions"
+        )
+    out = write_manifest(made, a.out)
+    if a.format == "json":
+        print_json({"manifest": str(out), "examples": len(made), "left_out": left_out})
+        return
+    say(f"{out}: {len(made)} captions, each among wrong ones")
+    if left_out:
+        print(
+            f"dsd negatives: {len(left_out)} were left out, in which no word can be swapped or replaced "
+            f"({', '.join(left_out)[:200]})",
+            file=sys.stderr,
+        )
 
 
 def _fit(a: argparse.Namespace) -> None:

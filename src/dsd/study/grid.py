@@ -20,8 +20,8 @@ FEW = (50, 150, 250, 350, 500)
 """Timesteps of attention that is taught: five passes a pair."""
 
 Item = tuple[Any, ...]
-"""A measurement: ``sweep`` or ``blind`` of a task at a level; ``lesson``, with method, shots and seed besides;
-``failures``, with method and shots; ``untaught``, with the kind of a zero-shot score."""
+"""A measurement: ``sweep``, ``blind`` or ``captions`` of a task at a level; ``lesson``, with method, shots and seed
+besides; ``failures``, with method and shots; ``untaught``, with the kind of a zero-shot score, or ``captions``."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,22 @@ class Lesson:
         config: How.
         timesteps: Of the score.
         prompt: Where prompts go.
+        start: The adapter of the package that is learned on from, which then says where prompts go.
     """
 
     score: str
     config: FitConfig
     timesteps: tuple[int, ...] = FEW
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    start: str | None = None
 
 
 _RUN = FitConfig(validation=0.25)
 """One run that is stopped by a quarter of the examples."""
+CAPTIONS = "tiny-captions"
+"""The adapter of the package that was learned from captioned pictures alone (:mod:`dsd.tiny.captioned`)."""
+_ON = replace(_RUN, learning_rate=2e-3)
+"""A run that learns on: smaller steps, from where much is known."""
 
 LESSONS: dict[str, Lesson] = {
     "dsd prompt and denoising": Lesson("denoising", _RUN, (150, 250, 350)),
@@ -51,6 +57,8 @@ LESSONS: dict[str, Lesson] = {
     "dsd heads": Lesson("attention", replace(_RUN, method="heads")),
     "dsd weights": Lesson("denoising", replace(_RUN, method="weights", draws=2)),
     "dsd prompt + weights": Lesson("attention", replace(_RUN, method="prompt+weights", draws=2)),
+    "dsd captions, prompt": Lesson("attention", _ON, start=CAPTIONS),
+    "dsd captions, prompt and denoising": Lesson("denoising", _ON, (150, 250, 350), start=CAPTIONS),
 }
 """Ours, by name."""
 
@@ -59,8 +67,12 @@ RIVALS = {"CLIP linear probe": "clip-linear-probe", "CLIP CoOp": "clip-coop", "C
 
 BLIND = {"chance": "chance", "caption length": "caption-length", "CLIP": "clip"}
 """Zero-shot methods without a diffusion model."""
-ZERO = {"sweep": "zero-shot scores and ablations", "blind": "CLIP and blind baselines"}
-"""What a measurement without learning is of."""
+ZERO = {
+    "sweep": "zero-shot scores and ablations",
+    "blind": "CLIP and blind baselines",
+    "captions": "what was learned from captions alone",
+}
+"""What a measurement without examples is of."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ FULL = StudyConfig(methods=(*LESSONS, *RIVALS), shots=(16, 64, 256), seeds=3, th
 
 def work(config: StudyConfig) -> list[Item]:
     """Every measurement of the grid: what of, and then as the functions that make it take it."""
-    items: list[Item] = [(what, *place) for what in ("sweep", "blind") for place in config.places]
+    items: list[Item] = [(what, *place) for what in ZERO for place in config.places]
     items += [
         ("lesson", *place, method, shots, seed)
         for seed in range(config.seeds)

@@ -26,7 +26,7 @@ from dsd.metrics import outcomes
 from dsd.pages import failure_groups
 from dsd.scores import ScoreConfig
 from dsd.study.found import START, Cell
-from dsd.study.grid import BLIND, FEW, LESSONS, MODEL, NOVEL, RIVALS, Item, StudyConfig, first_of
+from dsd.study.grid import BLIND, CAPTIONS, FEW, LESSONS, MODEL, NOVEL, RIVALS, Item, StudyConfig, first_of
 from dsd.study.store import Store
 from dsd.sweep import ERRORS, groups_of, sweep
 from dsd.tasks import world_task
@@ -42,6 +42,7 @@ def do(store: Store, item: Item) -> None:
     makers: dict[str, Callable[..., dict[str, Any]]] = {
         "sweep": _sweep,
         "blind": _blind,
+        "captions": _captions,
         "lesson": _learn,
         "failures": _fail,
     }
@@ -164,6 +165,12 @@ def _blind(store: Store, task: str, level: str) -> dict[str, Any]:
     return {"zero": [asdict(cell) for cell in zero]}
 
 
+def _captions(store: Store, task: str, level: str) -> dict[str, Any]:
+    """What was learned from captions alone, before any example of a task."""
+    made = tuple(map(float, _untaught(store, task, level, "captions")))
+    return {"zero": [asdict(Cell(f"captions, {len(FEW)} passes", task, level, 0, 0, made, len(FEW)))]}
+
+
 def chance_of(task: str, examples: Sequence[Example]) -> float:
     """What a guess without looking wins on average."""
     if task == "winoground":  # of four scores in random order, the two right ones come first
@@ -198,14 +205,15 @@ def _learn(store: Store, task: str, level: str, method: str, shots: int, seed: i
             shutil.copyfile(store.taught(item), checkpoint)
             before = done["cell"]["seconds"]
     try:
-        matcher.fit(few, config=fitting, prompt=lesson.prompt, checkpoint=checkpoint, resume=True)
+        where = {"prompt": lesson.prompt} if lesson.start is None else {"start": lesson.start}
+        matcher.fit(few, config=fitting, **where, checkpoint=checkpoint, resume=True)
         taken = before + time.process_time() - start if anew else None
         assert matcher.adapter is not None
-        if matcher.adapter.training["kept"]:
+        passes = matcher.score_config.passes
+        if matcher.adapter.training["kept"] or matcher.score_config.bare is not None:
             made = outcomes_of(task, examples, evaluate(matcher, examples).scores)
-            passes = matcher.score_config.passes
-        else:  # passes for which nothing was learned are the zero-shot score's
-            made = _untaught(store, task, level, matcher.score_config.kind)
+        else:  # passes for which nothing was learned are those of what it started from
+            made = _untaught(store, task, level, matcher.score_config.kind if lesson.start is None else "captions")
             passes = len(FEW)
         if seed == 0:  # pages show what it sees
             matcher.adapter.save(store.adapter(task, level, method, shots))
@@ -218,12 +226,16 @@ def _learn(store: Store, task: str, level: str, method: str, shots: int, seed: i
 
 
 def _untaught(store: Store, task: str, level: str, kind: str) -> np.ndarray:
-    """Outcomes of a zero-shot score at :data:`FEW` timesteps, measured once."""
+    """Outcomes at :data:`FEW` timesteps of a zero-shot score, or of what captions alone taught, measured once."""
     item = ("untaught", task, level, kind)
     kept = store.get(item)
     if kept is None:
         examples = held_out(store.config, task, level)
-        scores = evaluate(Matcher(_backbone(), ScoreConfig(kind, FEW)), examples).scores
+        matcher = Matcher(_backbone(), ScoreConfig("attention" if kind == "captions" else kind, FEW))
+        if kind == "captions":
+            matcher.load_adapter(CAPTIONS)
+        scores = evaluate(matcher, examples).scores
+        matcher.forget()
         made = [float(v) for v in outcomes_of(task, examples, scores)]
         kept = {"outcomes": made}
         store.put(item, kept)

@@ -83,7 +83,7 @@ def gather(out: str | os.PathLike[str], config: StudyConfig) -> Study:
     return Study(
         whole,
         tuple(
-            _place(config, *place, found.get(("sweep", *place)), found.get(("blind", *place)))
+            _place(config, *place, {what: found[what, *place] for what in ZERO if (what, *place) in found})
             for place in config.places
         ),
         tuple(cells),
@@ -161,23 +161,17 @@ def _cell(values: Mapping[str, Any]) -> Cell:
     return Cell(**{**values, "outcomes": tuple(values["outcomes"])})
 
 
-def _place(
-    config: StudyConfig, task: str, level: str, swept: Mapping[str, Any] | None, blind: Mapping[str, Any] | None
-) -> Place:
-    """A place as far as it was measured."""
+def _place(config: StudyConfig, task: str, level: str, found: Mapping[str, Mapping[str, Any]]) -> Place:
+    """A place as far as it was measured; ``found`` is what of :data:`ZERO` was."""
+    swept = found.get("sweep")
     if swept is None:
         examples = measure.held_out(config, task, level)
-        swept = {
-            "tags": [e.tags for e in examples],
-            "chance": measure.chance_of(task, examples),
-            "zero": [],
-            "ablations": {},
-        }
+        swept = {"tags": [e.tags for e in examples], "chance": measure.chance_of(task, examples), "ablations": {}}
     return Place(
         task,
         level,
         tuple(tuple(tags) for tags in swept["tags"]),
         swept["chance"],
-        tuple(_cell(cell) for cell in (*swept["zero"], *(blind or {"zero": []})["zero"])),
+        tuple(_cell(cell) for values in found.values() for cell in values["zero"]),
         {name: {k: tuple(v) for k, v in found.items()} for name, found in swept["ablations"].items()},
     )

@@ -15,10 +15,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from dsd.adapters import EMBEDDED
 from dsd.contracts import OptionError
 from dsd.evaluate import claim, write_bytes, write_text
 from dsd.learn import HEEDED_BY_WEIGHTS
-from dsd.study.grid import LESSONS, RIVALS, Item, StudyConfig, work
+from dsd.study.grid import CAPTIONS, LESSONS, RIVALS, Item, StudyConfig, work
 
 RULES = 3
 """Of teaching and judging, beyond what configurations say: another number makes lessons anew."""
@@ -120,14 +121,20 @@ class Store:
 
     def _made_by(self, item: Item) -> dict[str, Any]:
         """What decides a measurement besides what the folder is of: other values make it anew."""
-        if item[0] in ("sweep", "untaught") or item[3:4] == ("denoising",):
+        if item[0] == "sweep" or item[3:4] in (("denoising",), ("attention",)):
             return {"model": _digest("weights")}
         if item[0] == "blind":
             return {"model": _digest("clip_weights")}
+        captions = {"model": _digest("weights"), "start": _digest(EMBEDDED[CAPTIONS])}
+        if item[0] == "captions" or item[3:4] == ("captions",):
+            return captions
         if item[3] in RIVALS:
             return {"model": _digest("clip_weights"), "rules": RULES}
         lesson = LESSONS[item[3]]
         made: dict[str, Any] = {"model": _digest("weights"), **asdict(lesson), "rules": RULES}
+        del made["start"]
+        if lesson.start is not None:
+            made |= captions
         if lesson.config.method == "weights":  # heeds no more than these
             del made["prompt"]
             made["config"] = {name: made["config"][name] for name in HEEDED_BY_WEIGHTS}
