@@ -853,8 +853,6 @@ def test_learning_on_from_an_adapter(dsd: Command, lesson: Path, tmp_path: Path)
     assert (few["prompt"], len(few["start"])) == (None, 32)
     other = save_adapter(tmp_path / "other", dsd.model, scale=1.0)
     assert "few_shot" in dsd.refused(*task[:-1], other, "--out", tmp_path / "run")
-    status, _, err = dsd("curve", "comvg", "--out", tmp_path / "curve", "--start", start)
-    assert (status, "unrecognized arguments: --start" in err) == (2, True)
 
 
 def test_captions_among_wrong_ones(dsd: Command, tmp_path: Path) -> None:

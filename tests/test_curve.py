@@ -28,7 +28,7 @@ from dsd.matcher import Matcher
 from dsd.metrics import bootstrap_interval, paired_difference
 from dsd.prompts import PromptConfig
 from dsd.scores import ScoreConfig
-from models import picture
+from models import picture, save_adapter
 
 Pipe = Callable[..., str]
 SCORE = ScoreConfig("attention", (300,))
@@ -182,6 +182,22 @@ def test_a_point_is_what_fitting_by_hand_gives(matcher: Matcher) -> None:
     assert made.rows[1].kept == matcher.adapter.training["kept"]
     assert made.rows[1].metrics == evaluate(matcher, HELD_OUT).metrics
     matcher.forget()
+
+
+def test_a_curve_from_an_adapter_starts_with_that(matcher: Matcher, tmp_path: Path) -> None:
+    """Its own score before any example, and the same after so few that nothing can be shown."""
+    start = Adapter.load(save_adapter(tmp_path / "start", matcher.backbone.name))
+    few: dict[str, Any] = {"shots": (0, 5), "config": QUICK, "start": start}
+    curve = learning_curve(matcher, POOL, HELD_OUT, tmp_path / "curve", **few)
+    assert is_bare(matcher.backbone)
+    expected = evaluate(Matcher(matcher.backbone, adapter=start), HELD_OUT)
+    assert curve.rows[0].metrics == expected.metrics
+    prompts.detach(matcher.backbone.denoiser)
+    assert [row.kept for row in curve.rows] == [False] * len(curve.rows)
+    assert curve.config["start"] == start.digest()
+    other = replace(start, state={name: 2 * v for name, v in start.state.items()})
+    with pytest.raises(OptionError, match="another request"):
+        learning_curve(matcher, POOL, HELD_OUT, tmp_path / "curve", **few | {"start": other})
 
 
 def test_the_matcher_is_as_it_was(matcher: Matcher, fits: Fits) -> None:

@@ -241,6 +241,7 @@ class _Gradient:
         self.zero = scorer.score.config
         self.begun = None if start is None else dict(start.state)
         """Prompts that are learned on."""
+        self.begun_from = None if start is None else start.digest()
         self.prompt = resolve(prompt, config) if start is None else prompt
         self.features: Features | None = None
         if config.pieces & {"heads", "weights"}:
@@ -305,9 +306,9 @@ class _Gradient:
         config = {**asdict(self.config), "method": method, "draws": None, "apart": self.apart}
         asked: list[Any] = [self.base, config, placed, self.zero.to_dict(), self.scorer.size, data]
         if self.scorer.noise_was_given:
-            asked.append(_digest(self.scorer.noise))
-        if self.begun is not None:
-            asked.append({name: _digest(values) for name, values in self.begun.items()})
+            asked.append(hashlib.blake2b(self.scorer.noise.cpu().numpy().tobytes(), digest_size=16).hexdigest())
+        if self.begun_from is not None:
+            asked.append({"start": self.begun_from})
         request = json.dumps(asked, sort_keys=True)
         # in one order, whether it was stopped or not: what is encoded together decides the last bit
         self.scorer.latents([image for turn in turns for e in (*turn.examples, *turn.held_out) for image in e.images])
@@ -360,7 +361,7 @@ class _Gradient:
             "examples": len(taught_on),
             "validation_examples": len(judged_on),
             "turns": len(turns),
-            "started": self.begun is not None,
+            **({} if self.begun_from is None else {"started": self.begun_from}),
             "data": {"examples": dataset_checksum(taught_on), "validation": dataset_checksum(judged_on)},
             "kept": best > 0,
             "validation": figures,
@@ -452,11 +453,6 @@ class _Gradient:
             names = self.features.names
         self.scorer.use(score, weights)
         return Adapter(self.base, score, placed, learned, self.scorer.size, training, scale, weights, names)
-
-
-def _digest(values: Tensor) -> str:
-    """32 hex digits over a tensor's values."""
-    return hashlib.blake2b(values.detach().cpu().contiguous().numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _point(trails: Sequence[Trail], i: int, judged: Judged) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -54,6 +55,16 @@ class Adapter:
     scale: float | None = None
     weights: Tensor | None = None
     features: tuple[str, ...] | None = None
+
+    def digest(self) -> str:
+        """32 hex digits over what was learned and what it is for; of nothing that only tells how it came about."""
+        found = hashlib.blake2b(digest_size=16)
+        where = None if self.prompts is None else asdict(self.prompts)
+        found.update(json.dumps([self.score.to_dict(), where, self.size], sort_keys=True).encode())
+        tensors = dict(self.state) if self.weights is None else {**self.state, _LEARNED: self.weights}
+        for name, values in sorted(tensors.items()):
+            found.update(name.encode() + values.detach().cpu().contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``adapter_config.json`` and ``adapter_model.safetensors`` into a folder, which appears whole.

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dsd.adapt import turns_of
-from dsd.adapters import fingerprint
+from dsd.adapters import Adapter, fingerprint
 from dsd.contracts import Example, ManifestError, OptionError
 from dsd.evaluate import Metric, dataset_checksum, evaluate, installed_versions, write_text
 from dsd.learn import FitConfig
@@ -188,6 +188,7 @@ def learning_curve(
     validation: Sequence[Example] | None = None,
     config: FitConfig | None = None,
     prompt: PromptConfig | None = None,
+    start: Adapter | str | os.PathLike[str] | None = None,
     name: str = "learning curve",
     announce: Callable[[str], None] | None = None,
     progress: bool = False,
@@ -204,6 +205,8 @@ def learning_curve(
         seeds: How many draws of each; the first has the seed of ``config``.
         validation: Examples that every fit stops by. None lets each hold out its own by turns (:func:`dsd.adapt.fit`).
         config, prompt: How to learn, see :func:`dsd.adapt.fit`.
+        start: An adapter, or where one is, that every fit learns on from; zero-shot is then that as it is, with its
+            own score.
         name: What the curve is of.
         announce: Is told how much work there is, before it starts.
         progress: Whether to show progress bars, on stderr.
@@ -213,7 +216,11 @@ def learning_curve(
         ManifestError: If no held-out example holds a choice, or ``out`` holds a broken file.
     """
     sizes = check_plan(shots, seeds)
-    config, prompt = config or FitConfig(), prompt or PromptConfig()
+    config = config or FitConfig()
+    if start is None:
+        prompt = prompt or PromptConfig()
+    elif not isinstance(start, Adapter):
+        start = Adapter.load(start)
     if matcher.adapter is not None:
         raise OptionError("got a matcher that was taught, expected a bare one; load it without an adapter")
     draws = {seed: _draw(pool, seed) for seed in range(config.seed, config.seed + seeds)}
@@ -233,9 +240,10 @@ def learning_curve(
         "held_out": _described(held_out),
         "validation": None if validation is None else _described(validation),
         "fit": asdict(config),
-        "prompt": asdict(prompt),
+        "prompt": None if prompt is None else asdict(prompt),
         "matcher": matcher.config,
         "base": fingerprint(matcher.backbone),
+        **({} if start is None else {"start": start.digest()}),
     }
     # as it comes back from JSON, to be compared with what is there
     curve = Curve(json.loads(json.dumps(request)), installed_versions(), chance)
@@ -251,7 +259,7 @@ def learning_curve(
     with tqdm(total=len(plan), initial=len(done), desc="curve", unit="fit", disable=not progress) as bar:
         for size, seed in left:
             bar.set_postfix(shots=size, seed=seed)
-            start, kept = time.perf_counter(), False
+            began, kept = time.perf_counter(), False
             checkpoint = None if folder is None else folder / f"fit-{size}-{seed}.checkpoint"
             anew = checkpoint is None or not checkpoint.exists()
             try:
@@ -261,13 +269,16 @@ def learning_curve(
                         validation,
                         config=replace(config, seed=seed),
                         prompt=prompt,
+                        start=start,
                         checkpoint=checkpoint,
                         resume=True,
                         progress=progress,
                     )
                     assert matcher.adapter is not None
                     kept = bool(matcher.adapter.training["kept"])
-                seconds = time.perf_counter() - start if anew else None
+                elif start is not None:
+                    matcher.load_adapter(start)
+                seconds = time.perf_counter() - began if anew else None
                 result = evaluate(matcher, held_out, progress=progress)
             finally:
                 matcher.forget()

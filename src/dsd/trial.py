@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from dsd.adapters import fingerprint, where_is
+from dsd.adapters import Adapter, fingerprint, where_is
 from dsd.contracts import Example
 from dsd.evaluate import dataset_checksum
 from dsd.learn import FitConfig
@@ -41,7 +41,7 @@ class Lesson:
             "dataset": dataset_checksum(self.examples),
             "fit": asdict(self.config),
             "prompt": None if self.prompt is None else asdict(self.prompt),
-            **({} if self.start is None else {"start": _digest(where_is(self.start))}),
+            **({} if self.start is None else {"start": Adapter.load(self.start).digest()}),
         }
 
 

@@ -71,7 +71,7 @@ def add(commands: Commands) -> None:
         help=f"numbers of examples (default: {','.join(map(str, SHOTS))})",
     )
     curve.add_argument("--seeds", type=int, default=3, metavar="N", help="draws of each number (default: %(default)s)")
-    learning_options(curve, start=False)
+    learning_options(curve)
     world_options(curve, split=False)
     model_options(curve, adapter=False)
 
@@ -194,6 +194,7 @@ def _curve(a: argparse.Namespace) -> None:
         validation=validation,
         config=config,
         prompt=prompt,
+        start=a.start,
         name=name,
         announce=lambda text: print(f"dsd curve: {text}", file=sys.stderr, flush=True),
         progress=watched(),
@@ -204,7 +205,7 @@ def _curve(a: argparse.Namespace) -> None:
             del row["outcomes"]
         print_json({"out": a.out, **values})
         return
-    gain = "gain over zero-shot [95 %]"
+    gain = f"gain over {'zero-shot' if a.start is None else 'its start'} [95 %]"
     rows = [
         {
             "examples": point.shots,

@@ -45,8 +45,7 @@ class Commands:
         return command
 
 
-def learning_options(command: argparse.ArgumentParser, start: bool = True) -> None:
-    """Adds options of learning; ``--start`` where what is learned from nothing is not measured beside it."""
+def learning_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("learning")
     group.add_argument(
         "--method",
@@ -62,11 +61,9 @@ def learning_options(command: argparse.ArgumentParser, start: bool = True) -> No
         "and weights along with it; with others, none)",
     )
     group.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
-    command.set_defaults(start=None)
-    if start:
-        group.add_argument(
-            "--start", metavar="DIR", help="an adapter whose prompts are learned on from; it says where they go, too"
-        )
+    group.add_argument(
+        "--start", metavar="DIR", help="an adapter whose prompts are learned on from; it says where they go, too"
+    )
     group.add_argument("--rank", type=int, help="rank of the prompts (default: 4)")
     group.add_argument("--prompt-scale", type=float, metavar="X", help="multiplies the prompts' change (default: 1)")
     group.add_argument(
