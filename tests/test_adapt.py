@@ -252,8 +252,10 @@ def test_a_start_beside_the_bare_score(pipe: Pipe, taught: tuple[Scorer, Adapter
     """A denoising score is the bare model's, and weighed beside the attention of the start from the first look on."""
     made = scorer(pipe, ScoreConfig("denoising", (20, 60, 100)))
     plain = made.predict(toy(3, 5)[0].pairs)
-    adapter = fit(made, toy(8, 4), toy(8, 1), config=replace(QUICK, learning_rate=1e-9), start=taught[1])
+    start = replace(taught[1], score=replace(taught[1].score, timesteps=(50,)))
+    adapter = fit(made, toy(8, 4), toy(8, 1), config=replace(QUICK, learning_rate=1e-9), start=start)
     assert not adapter.training["kept"]
+    assert (adapter.score.timesteps, made.score.config.passes) == ((50,), 4)
     assert same_state(adapter, taught[1])
     bare = adapter.score.bare
     assert bare is not None

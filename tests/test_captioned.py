@@ -88,8 +88,8 @@ def test_recipe_of_the_embedded_adapter() -> None:
 @pytest.mark.slow
 def test_a_short_recipe_runs_and_goes_on(tmp_path: Path) -> None:
     config = captioned.Captions(pictures=24, held_out=8, steps=5, rank=2)
-    saved = captioned.learn(config, tmp_path / "adapter")
-    assert Adapter.load(saved).base is not None
+    captioned.learn(config, tmp_path / "adapter")
+    assert Adapter.load(tmp_path / "adapter").base is not None
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
@@ -109,9 +109,9 @@ def test_embedded_adapter_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_embedded_adapter_knows_tasks_it_never_saw() -> None:
-    """In five passes; attention is near chance without it, which is 0.5 and one in six."""
+    """In one pass; attention is near chance without it, which is one half of the choices."""
     matcher = Matcher.from_pretrained("tiny", adapter="tiny-captions", device="cpu")
-    assert matcher.score_config.passes == 5
+    assert matcher.score_config.passes == 1
     for task, least in (("comvg", 0.75), ("winoground", 0.7)):
         found = evaluate(matcher, world_task(task, "val", "standard", 60, 1))
         assert found.metrics["accuracy"]["value"] > least

@@ -44,7 +44,7 @@ from dsd.metrics import bootstrap_interval
 from dsd.prompts import PromptConfig
 from dsd.records import Log, load_checkpoint, save_checkpoint
 from dsd.scorer import Scorer
-from dsd.scores import MIXTURE, WEIGHTED, Features, ScoreConfig
+from dsd.scores import MIXTURE, SCORES, WEIGHTED, Features, ScoreConfig
 from dsd.weights import Choice, better, fit_weights
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ def fit(
         config: How to learn.
         prompt: Where prompts go; their soft tokens count if the method has ``tokens``. With ``start`` it is that
             which says so.
-        start: Prompts to learn on from, by a method with ``prompt``; its score does not count, the scorer's does. What
-            is learned then has to be better than these prompts as they are, and they are kept if it is not.
+        start: Prompts to learn on from, by a method with ``prompt``. What is learned then has to be better than these
+            prompts as they are, and they are kept if it is not. The score is the scorer's; attention that is taught
+            beside ``denoising`` is that which the prompts were learned for, at its timesteps.
         checkpoint: A file to keep the state of training in; delete it when the adapter is saved. ``weights`` starts
             anew.
         resume: Go on from ``checkpoint`` if it is there; the result is the same as without the stop. What one method
@@ -242,6 +243,8 @@ class _Gradient:
         self.begun = None if start is None else dict(start.state)
         """Prompts that are learned on."""
         self.begun_from = None if start is None else start.digest()
+        self.knew = None if start is None else start.score
+        """The score that these were learned for."""
         self.prompt = resolve(prompt, config) if start is None else prompt
         self.features: Features | None = None
         if config.pieces & {"heads", "weights"}:
@@ -264,6 +267,9 @@ class _Gradient:
         """The score that is taught."""
         if not self.apart:
             return self._mixed(examples)
+        knew = self.knew
+        if knew is not None and knew.kind in SCORES and not (SCORES[knew.kind].noise or self.scorer.noise_was_given):
+            return replace(knew, seed=self.zero.seed, bare=None)
         # attention needs fewer passes; noise that was given has to do for both
         fewer = slice(None, None, 1 if self.scorer.noise_was_given else 2)
         return replace(self.zero, kind="attention", timesteps=self.zero.timesteps[fewer])

@@ -47,6 +47,8 @@ _RUN = FitConfig(validation=0.25)
 """One run that is stopped by a quarter of the examples."""
 CAPTIONS = "tiny-captions"
 """The adapter of the package that was learned from captioned pictures alone (:mod:`dsd.tiny.captioned`)."""
+ONE = (100,)
+"""Its timestep: further passes tell next to nothing more."""
 _ON = replace(_RUN, learning_rate=2e-3)
 """A run that learns on: smaller steps, from where much is known."""
 
@@ -57,8 +59,8 @@ LESSONS: dict[str, Lesson] = {
     "dsd heads": Lesson("attention", replace(_RUN, method="heads")),
     "dsd weights": Lesson("denoising", replace(_RUN, method="weights", draws=2)),
     "dsd prompt + weights": Lesson("attention", replace(_RUN, method="prompt+weights", draws=2)),
-    "dsd captions, prompt": Lesson("attention", _ON, start=CAPTIONS),
-    "dsd captions, prompt and denoising": Lesson("denoising", _ON, (150, 250, 350), start=CAPTIONS),
+    "dsd captions, prompt": Lesson("attention", _ON, ONE, start=CAPTIONS),
+    "dsd captions, prompt and denoising": Lesson("denoising", _ON, (150, 250, 350, 500), start=CAPTIONS),
 }
 """Ours, by name."""
 

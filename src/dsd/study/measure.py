@@ -26,7 +26,7 @@ from dsd.metrics import outcomes
 from dsd.pages import failure_groups
 from dsd.scores import ScoreConfig
 from dsd.study.found import START, Cell
-from dsd.study.grid import BLIND, CAPTIONS, FEW, LESSONS, MODEL, NOVEL, RIVALS, Item, StudyConfig, first_of
+from dsd.study.grid import BLIND, CAPTIONS, FEW, LESSONS, MODEL, NOVEL, ONE, RIVALS, Item, StudyConfig, first_of
 from dsd.study.store import Store
 from dsd.sweep import ERRORS, groups_of, sweep
 from dsd.tasks import world_task
@@ -168,7 +168,7 @@ def _blind(store: Store, task: str, level: str) -> dict[str, Any]:
 def _captions(store: Store, task: str, level: str) -> dict[str, Any]:
     """What was learned from captions alone, before any example of a task."""
     made = tuple(map(float, _untaught(store, task, level, "captions")))
-    return {"zero": [asdict(Cell(f"captions, {len(FEW)} passes", task, level, 0, 0, made, len(FEW)))]}
+    return {"zero": [asdict(Cell("captions, 1 pass", task, level, 0, 0, made, len(ONE)))]}
 
 
 def chance_of(task: str, examples: Sequence[Example]) -> float:
@@ -212,9 +212,10 @@ def _learn(store: Store, task: str, level: str, method: str, shots: int, seed: i
         passes = matcher.score_config.passes
         if matcher.adapter.training["kept"] or matcher.score_config.bare is not None:
             made = outcomes_of(task, examples, evaluate(matcher, examples).scores)
-        else:  # passes for which nothing was learned are those of what it started from
-            made = _untaught(store, task, level, matcher.score_config.kind if lesson.start is None else "captions")
-            passes = len(FEW)
+        elif lesson.start is not None:
+            made = _untaught(store, task, level, "captions")
+        else:  # passes for which nothing was learned are the zero-shot score's
+            made, passes = _untaught(store, task, level, matcher.score_config.kind), len(FEW)
         if seed == 0:  # pages show what it sees
             matcher.adapter.save(store.adapter(task, level, method, shots))
         training = matcher.adapter.training
@@ -226,12 +227,12 @@ def _learn(store: Store, task: str, level: str, method: str, shots: int, seed: i
 
 
 def _untaught(store: Store, task: str, level: str, kind: str) -> np.ndarray:
-    """Outcomes at :data:`FEW` timesteps of a zero-shot score, or of what captions alone taught, measured once."""
+    """Outcomes of a zero-shot score at :data:`FEW` timesteps, or of what captions alone taught, measured once."""
     item = ("untaught", task, level, kind)
     kept = store.get(item)
     if kept is None:
         examples = held_out(store.config, task, level)
-        matcher = Matcher(_backbone(), ScoreConfig("attention" if kind == "captions" else kind, FEW))
+        matcher = Matcher(_backbone(), None if kind == "captions" else ScoreConfig(kind, FEW))
         if kind == "captions":
             matcher.load_adapter(CAPTIONS)
         scores = evaluate(matcher, examples).scores
