@@ -23,7 +23,7 @@ from dsd.backbone import Backbone, load_backbone
 from dsd.cli import main, options
 from dsd.jury import FEWEST
 from dsd.learn import Learner
-from dsd.scores import SCORES
+from dsd.scores import SCORES, ScoreConfig
 from dsd.tasks import read_manifest
 from models import picture, save_adapter
 
@@ -851,7 +851,7 @@ def test_learning_on_from_an_adapter(dsd: Command, lesson: Path, tmp_path: Path)
     task = ("eval", "comvg", "--level", "easy", "--count", "6", "--shots", "12", "--hold-out", "0.5", *how)
     few = dsd.json(*task, "--out", tmp_path / "run")["request"]["few_shot"]
     assert (few["prompt"], len(few["start"])) == (None, 32)
-    other = save_adapter(tmp_path / "other", dsd.model, scale=1.0)
+    other = save_adapter(tmp_path / "other", dsd.model, score=ScoreConfig("attention", (60,)))
     assert "few_shot" in dsd.refused(*task[:-1], other, "--out", tmp_path / "run")
 
 
