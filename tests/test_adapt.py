@@ -248,7 +248,7 @@ def test_a_start_knows_what_another_lesson_taught(pipe: Pipe, taught: tuple[Scor
     assert accuracy(made, toy(20, 2)) > 0.9
 
 
-def test_a_start_beside_the_bare_score(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:
+def test_a_start_beside_the_bare_score(pipe: Pipe, taught: tuple[Scorer, Adapter], tmp_path: Path) -> None:
     """A denoising score is the bare model's, and weighed beside the attention of the start from the first look on."""
     made = scorer(pipe, ScoreConfig("denoising", (20, 60, 100)))
     plain = made.predict(toy(3, 5)[0].pairs)
@@ -261,6 +261,11 @@ def test_a_start_beside_the_bare_score(pipe: Pipe, taught: tuple[Scorer, Adapter
     assert bare is not None
     assert (adapter.score.kind, bare.kind) == ("attention", "denoising")
     assert adapter.score.bare_weight > 0
+    card = (adapter.save(tmp_path / "adapter") / "README.md").read_text()
+    assert (
+        f"{adapter.score.bare_weight:.3g} times `denoising` of the model without prompts at timesteps 20, 60, 100"
+        in card
+    )
     pairs = toy(3, 5)[0].pairs
     whole = made.predict(pairs)
     made.use(replace(adapter.score, bare=None))

@@ -240,11 +240,8 @@ class _Gradient:
     ) -> None:
         self.scorer, self.config, self.team, self.keeper, self.log = scorer, config, team, keeper, log
         self.zero = scorer.score.config
-        self.begun = None if start is None else dict(start.state)
-        """Prompts that are learned on."""
-        self.begun_from = None if start is None else start.digest()
-        self.knew = None if start is None else start.score
-        """The score that these were learned for."""
+        self.origin = start
+        """What is learned on, if anything."""
         self.prompt = resolve(prompt, config) if start is None else prompt
         self.features: Features | None = None
         if config.pieces & {"heads", "weights"}:
@@ -267,9 +264,10 @@ class _Gradient:
         """The score that is taught."""
         if not self.apart:
             return self._mixed(examples)
-        knew = self.knew
-        if knew is not None and knew.kind in SCORES and not (SCORES[knew.kind].noise or self.scorer.noise_was_given):
-            return replace(knew, seed=self.zero.seed, bare=None)
+        if self.origin is not None and not self.scorer.noise_was_given:
+            known = self.origin.score
+            if known.kind in SCORES and not SCORES[known.kind].noise:
+                return replace(known, seed=self.zero.seed, bare=None)
         # attention needs fewer passes; noise that was given has to do for both
         fewer = slice(None, None, 1 if self.scorer.noise_was_given else 2)
         return replace(self.zero, kind="attention", timesteps=self.zero.timesteps[fewer])
@@ -313,8 +311,8 @@ class _Gradient:
         asked: list[Any] = [self.base, config, placed, self.zero.to_dict(), self.scorer.size, data]
         if self.scorer.noise_was_given:
             asked.append(hashlib.blake2b(self.scorer.noise.cpu().numpy().tobytes(), digest_size=16).hexdigest())
-        if self.begun_from is not None:
-            asked.append({"start": self.begun_from})
+        if self.origin is not None:
+            asked.append({"start": self.origin.digest()})
         request = json.dumps(asked, sort_keys=True)
         # in one order, whether it was stopped or not: what is encoded together decides the last bit
         self.scorer.latents([image for turn in turns for e in (*turn.examples, *turn.held_out) for image in e.images])
@@ -367,7 +365,7 @@ class _Gradient:
             "examples": len(taught_on),
             "validation_examples": len(judged_on),
             "turns": len(turns),
-            **({} if self.begun_from is None else {"started": self.begun_from}),
+            **({} if self.origin is None else {"started": self.origin.digest()}),
             "data": {"examples": dataset_checksum(taught_on), "validation": dataset_checksum(judged_on)},
             "kept": best > 0,
             "validation": figures,
@@ -396,9 +394,9 @@ class _Gradient:
         fresh = k == len(trails)
         if fresh:
             trails.append(Trail())
-        if fresh and turn.held_out and (self.begun is None or self.apart):
+        if fresh and turn.held_out and (self.origin is None or self.apart):
             zero_shot = held_out_scores(scorer, held_out, self.team)
-            if self.begun is not None:
+            if self.origin is not None:
                 trails[k].bare = zero_shot
             else:
                 trails[k].add(0, None, zero_shot, {})
@@ -409,10 +407,10 @@ class _Gradient:
             prompts.attach(denoiser, self.prompt, config.seed)
         try:
             scorer.use(self.start)
-            if self.begun is not None:
-                prompts.load_state(denoiser, self.begun)
+            if self.origin is not None:
+                prompts.load_state(denoiser, self.origin.state)
                 if fresh and turn.held_out:
-                    trails[k].add(0, None, held_out_scores(scorer, held_out, self.team), self.begun)
+                    trails[k].add(0, None, held_out_scores(scorer, held_out, self.team), dict(self.origin.state))
             if "heads" in config.pieces and self.features is not None:  # the same score, with weights to be learned
                 same = self.features.weights_of(self.start.terms).repeat(len(self.start.timesteps), 1)
                 scorer.use(replace(self.start, kind=WEIGHTED, layers=self.features.layers, weights=None), same)

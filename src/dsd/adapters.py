@@ -314,6 +314,11 @@ def _card(adapter: Adapter, name: str) -> str:
         "",
         f"- Score: `{adapter.score.kind}` at timesteps {', '.join(map(str, adapter.score.timesteps))}",
     ]
+    if (bare := adapter.score.bare) is not None:
+        lines.append(
+            f"- Added: {adapter.score.bare_weight:.3g} times `{bare.kind}` of the model without prompts at timesteps "
+            f"{', '.join(map(str, bare.timesteps))}"
+        )
     if config is not None:
         lines.append(f"- Learned prompts: {_prompts_in_words(config)}")
     if adapter.weights is not None:
