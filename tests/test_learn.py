@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from dsd import adapt, prompts
@@ -24,7 +26,7 @@ from dsd.adapters import Adapter, fingerprint
 from dsd.backbone import TextStates, load_backbone
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
 from dsd.learn import FitConfig, Learner, Team, checkpointed
-from dsd.lesson import Negatives
+from dsd.lesson import Negatives, _Without
 from dsd.matcher import Matcher
 from dsd.prompts import PromptConfig
 from dsd.records import Log
@@ -442,6 +444,19 @@ def test_examples_that_share_a_picture_lend_no_negatives() -> None:
         assert all(i != 1 for i, _ in drawn.images)
     alone = Negatives([first, second], 1, 1, 0).join(0, random.Random(0))
     assert alone.texts == first.texts
+
+
+@given(st.lists(st.integers(0, 30), max_size=12, unique=True), st.integers(0, 2**32))
+def test_a_pool_without_some_is_drawn_from_as_a_copy_would_be(places: list[int], seed: int) -> None:
+    whole = list(range(100, 131))
+    copied = [x for i, x in enumerate(whole) if i not in places]
+    seen = _Without(whole, places)
+    assert list(seen) == copied == seen[:]
+    assert seen[-1] == copied[-1]
+    count = min(3, len(copied))
+    assert random.Random(seed).sample(seen, count) == random.Random(seed).sample(copied, count)
+    with pytest.raises(IndexError):
+        seen[len(copied)]
 
 
 def test_examples_that_ask_in_one_direction_get_a_negative_of_each_kind() -> None:

@@ -315,7 +315,10 @@ class _Gradient:
             asked.append({"start": self.origin.digest()})
         request = json.dumps(asked, sort_keys=True)
         # in one order, whether it was stopped or not: what is encoded together decides the last bit
-        self.scorer.latents([image for turn in turns for e in (*turn.examples, *turn.held_out) for image in e.images])
+        pictures = [image for e in (*turns[0].examples, *turns[0].held_out) for image in e.images]
+        shown = progress and self.team.leads
+        with tqdm(desc="encoding", unit="picture", total=len(pictures), disable=not shown, leave=False) as bar:
+            self.scorer.hold(pictures, bar.update)
         self.start = self._taught([*turns[0].examples, *turns[0].held_out])
         trails: list[Trail] = []
         going: dict[str, Any] | None = None  # what the last of the trails goes on from
@@ -328,7 +331,7 @@ class _Gradient:
         if len(held_out) < FEWEST:
             steps = 0  # whatever is learned, it could not be kept
         runs = len(turns) + (len(turns) > 1)
-        bar = tqdm(desc="learning", unit="step", total=runs * steps, disable=not (progress and self.team.leads))
+        bar = tqdm(desc="learning", unit="step", total=runs * steps, disable=not shown)
         with bar:
             for k, turn in enumerate(turns):
                 if k < len(trails) - 1:

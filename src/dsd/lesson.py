@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar, overload
 
 from dsd.contracts import Example, OptionError
 from dsd.images import content_hash, load_image
 from dsd.negatives import HardNegatives
 from dsd.weights import Choice
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
 
 
 def choices_of(
@@ -74,6 +79,10 @@ class Negatives:
         self._texts, self._images, self._swapped = texts, images, swaps
         self._captions = sorted({text for e in self._examples for text in e.texts})
         self._pictures = [(i, k) for i, e in enumerate(self._examples) for k in range(len(e.images))]
+        self._with = _places(
+            (text, i) for i, e in enumerate(self._examples) for text in e.texts
+        )  # examples, by caption
+        self._of = _places((i, place) for place, (i, _) in enumerate(self._pictures))  # places, by example
         self._akin = _akin(self._examples)
         self._swaps = HardNegatives(self._captions) if swaps else None
 
@@ -106,7 +115,7 @@ class Negatives:
         if not count:
             return []
         own = {text for k in self._akin[i] for text in self._examples[k].texts}
-        others = [text for text in self._captions if text not in own]
+        others = _Without(self._captions, (bisect_left(self._captions, text) for text in own))
         return rng.sample(others, min(count, len(others)))
 
     def _pictures_for(self, i: int, text: int, rng: random.Random) -> list[tuple[int, int]]:
@@ -115,9 +124,8 @@ class Negatives:
         if not count:
             return []
         # not of examples that have this caption, in which it may be right
-        caption = self._examples[i].texts[text]
-        akin = self._akin[i]
-        apart = [at for at in self._pictures if at[0] not in akin and caption not in self._examples[at[0]].texts]
+        near = {*self._akin[i], *self._with[self._examples[i].texts[text]]}
+        apart = _Without(self._pictures, (place for k in near for place in self._of[k]))
         return rng.sample(apart, min(count, len(apart)))
 
     def _count(self, i: int, asked: int | None) -> int:
@@ -136,6 +144,38 @@ class Negatives:
             return list(range(count))
         wrong = [k for k in range(count) if k not in right]
         return sorted([*right, *rng.sample(wrong, min(len(wrong), max(1, self._most - len(right))))])
+
+
+class _Without(Sequence[T]):
+    """All but some places of a sequence, without a copy: pools are large, and drawn from for every pair."""
+
+    def __init__(self, whole: Sequence[T], places: Iterable[int]) -> None:
+        self._whole = whole
+        self._places = sorted(set(places))
+
+    def __len__(self) -> int:
+        return len(self._whole) - len(self._places)
+
+    @overload
+    def __getitem__(self, at: int) -> T: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[T]: ...
+    def __getitem__(self, at: int | slice) -> T | list[T]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        place = range(len(self))[at]
+        for gone in self._places:
+            if gone > place:
+                break
+            place += 1
+        return self._whole[place]
+
+
+def _places(pairs: Iterable[tuple[K, int]]) -> dict[K, list[int]]:
+    found: dict[K, list[int]] = {}
+    for key, place in pairs:
+        found.setdefault(key, []).append(place)
+    return found
 
 
 def check_validation(examples: Sequence[Example], validation: Sequence[Example]) -> None:

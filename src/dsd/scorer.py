@@ -25,6 +25,9 @@ from dsd.scores import Measured, Pass, Score, ScoreConfig, noised_pass
 
 V = TypeVar("V")
 
+_KEPT = 4096
+"""Latents, and token states, that are kept."""
+
 
 class Cache(Generic[V]):
     """The last ``size`` values by key."""
@@ -43,6 +46,10 @@ class Cache(Generic[V]):
         self._values[key] = value
         while len(self._values) > self._size:
             self._values.popitem(last=False)
+
+    def reserve(self, count: int) -> None:
+        """Makes room for ``count`` values at least."""
+        self._size = max(self._size, count)
 
 
 def common_noise(shape: tuple[int, int, int], count: int, seed: int) -> Float[Tensor, "t c h w"]:
@@ -92,8 +99,8 @@ class Scorer:
             raise OptionError(f"got batch size {batch_size}, expected 1 or more")
         shape = backbone.latent_shape(self.size)
         self.batch_size = batch_size or min(256, max(1, self.ROWS // (shape[1] * shape[2])))
-        self._latents: Cache[Latents] = Cache(4096)
-        self._texts: Cache[TextStates] = Cache(4096)
+        self._latents: Cache[Latents] = Cache(_KEPT)
+        self._texts: Cache[TextStates] = Cache(_KEPT)
         self._given = noise
         self.use(config, weights)
 
@@ -140,41 +147,47 @@ class Scorer:
 
     # Encoding, once
 
-    def latents(self, images: Sequence[ImageInput]) -> Latents:
-        """Images => latents (n, c, h, w), each distinct picture encoded once."""
+    def latents(self, images: Sequence[ImageInput], tick: Callable[[], object] | None = None) -> Latents:
+        """Images => latents (n, c, h, w), each distinct picture encoded once; ``tick`` is called for each image."""
         keys: list[str] = []
         found: dict[str, Latents] = {}
         fresh: dict[str, Any] = {}
-        for image in images:
-            picture = resize_crop(load_image(image), self.size)
-            key = content_hash(picture)
-            keys.append(key)
-            if key in found or key in fresh:
-                continue
-            kept = self._latents.get(key)
-            if kept is None and self.encodings is not None:
-                kept = self.encodings.latent(key)
-            if kept is None:
-                fresh[key] = picture
-            else:
-                found[key] = kept
-                self._latents.put(key, kept)
-        done = 0
-        names = list(fresh)
 
         def encode(rows: int) -> None:
-            nonlocal done
-            part = names[done : done + rows]
+            part = list(fresh)[:rows]
             for key, latent in zip(part, self.backbone.encode_images([fresh[k] for k in part]), strict=True):
                 self._latents.put(key, latent)
                 found[key] = latent
                 if self.encodings is not None:
                     self.encodings.keep_latent(key, latent)
-            done += len(part)
+            for key in part:
+                del fresh[key]
 
-        while done < len(names):
+        for image in images:
+            picture = resize_crop(load_image(image), self.size)
+            key = content_hash(picture)
+            keys.append(key)
+            if key not in found and key not in fresh:
+                kept = self._latents.get(key)
+                if kept is None and self.encodings is not None:
+                    kept = self.encodings.latent(key)
+                if kept is None:
+                    fresh[key] = picture
+                else:
+                    found[key] = kept
+                    self._latents.put(key, kept)
+            while len(fresh) >= self.batch_size:  # no more pictures are in memory at once
+                self._fit_memory(encode)
+            if tick is not None:
+                tick()
+        while fresh:
             self._fit_memory(encode)
         return torch.stack([found[key] for key in keys])
+
+    def hold(self, images: Sequence[ImageInput], tick: Callable[[], object] | None = None) -> None:
+        """Encodes images, and makes room for the latents of all, however many; ``tick`` is called for each."""
+        self._latents.reserve(_KEPT + len(images))
+        self.latents(images, tick)
 
     def texts(self, texts: Sequence[str]) -> list[TextStates]:
         """Captions => token states, one value each."""
