@@ -228,18 +228,24 @@ def test_one_file_is_enough_to_go_on_from(tmp_path: Path, made: list[Item]) -> N
 
 @pytest.mark.slow
 def test_an_interrupt_does_not_wait_for_what_is_measured(tmp_path: Path) -> None:
-    """Even one that the first process alone gets; the sweeps would take a minute more."""
+    """Even one that the first process alone gets: what was being measured is not there in the end."""
     argv = ["study", "--quick", "--jobs", "2", "--out", str(tmp_path / "s")]
     script = tmp_path / "start.py"
     script.write_text(f"from dsd.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main({argv!r}))\n")
     started = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, start_new_session=True)
     assert started.stderr is not None
-    assert b"are left" in started.stderr.readline()
-    time.sleep(5)
-    started.send_signal(signal.SIGINT)
-    _, err = started.communicate(timeout=25)
+    try:
+        assert b"are left" in started.stderr.readline()
+        time.sleep(5)
+        there = set(tmp_path.glob("s/cells/*.json"))
+        started.send_signal(signal.SIGINT)
+        _, err = started.communicate(timeout=120)
+    finally:
+        started.kill()
+        started.wait()
     assert started.returncode == 130
     assert b"dsd study: stopped" in err
+    assert set(tmp_path.glob("s/cells/*.json")) == there
 
 
 @pytest.mark.slow
