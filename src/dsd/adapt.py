@@ -99,7 +99,8 @@ def fit(
 
     Raises:
         OptionError: If there is nothing to learn from, if validation examples show pictures that are learned from, if
-            ``start`` has nothing to start from, or if the checkpoint is of another request.
+            ``start`` has nothing to start from or was learned at another size of pictures, or if the checkpoint is of
+            another request.
         AdapterError: If ``start`` was made for another base model.
         ModelError: If the loss stops being finite.
     """
@@ -116,7 +117,7 @@ def fit(
         raise OptionError("got a score whose weights are learned, expected a zero-shot one to start from")
     prompts.check_bare(denoiser)
     if start is not None:
-        prompt = _placing(start, config, prompt)
+        prompt = _placing(start, config, prompt, scorer.size)
         start.attach(scorer.backbone)  # refuses now what does not fit
         prompts.detach(denoiser)
     try:
@@ -180,7 +181,7 @@ def turns_of(examples: Sequence[Example], validation: Sequence[Example] | None, 
     return [turn]
 
 
-def _placing(start: Adapter, config: FitConfig, prompt: PromptConfig | None) -> PromptConfig:
+def _placing(start: Adapter, config: FitConfig, prompt: PromptConfig | None, size: int) -> PromptConfig:
     """Where the prompts of an adapter go that are to be learned on.
 
     Raises:
@@ -200,6 +201,11 @@ def _placing(start: Adapter, config: FitConfig, prompt: PromptConfig | None) -> 
         raise OptionError(
             f"got method {config.method!r} and an adapter without soft tokens to start from, expected one with some, "
             "or a method without 'tokens'"
+        )
+    if start.size not in (None, size):
+        raise OptionError(
+            f"got an adapter to start from that was learned at {start.size} pixels and a model at {size}, expected the "
+            f"same; load the model with size {start.size}"
         )
     if prompt not in (None, start.prompts):
         raise OptionError("got a configuration of prompts and an adapter to start from, expected one of them")
