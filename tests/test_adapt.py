@@ -734,6 +734,9 @@ def test_an_adapter_survives_the_disk(pipe: Pipe, taught: tuple[Scorer, Adapter]
         "README.md",
         "reliability.png",
     }
+    plain = tmp_path / "plain"
+    plain.touch()  # others may read what they may read of other files
+    assert {p.stat().st_mode for p in folder.iterdir()} == {plain.stat().st_mode}
     again = Adapter.load(folder)
     assert again.score == SCORE
     assert again.prompts == LESSON

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,20 +78,33 @@ def test_the_right_one_stands_anywhere() -> None:
 
 def test_recipe_of_the_embedded_adapter() -> None:
     """Pictures of the pretraining part, none of which pretraining saw; the same again, however many."""
-    config = captioned.Captions(pictures=20, held_out=10)
-    few, held_out = captioned.examples(config)
-    more, _ = captioned.examples(captioned.Captions(pictures=25, held_out=5))
+    first, second = (replace(stage, pictures=20) for stage in captioned.STAGES)
+    config = captioned.Captions((first, second), held_out=10)
+    few, held_out = captioned.examples(config, 0)
+    more, _ = captioned.examples(captioned.Captions((replace(first, pictures=25),), held_out=5), 0)
     assert [len(few), len(held_out)] == [20, 10]
     assert [e.id for e in more[:20]] == [e.id for e in few]
     assert all(2 <= len(e.texts) <= 4 for e in few)
+    later = [e.id for part in captioned.examples(config, 1) for e in part]
+    assert later == [f"captioned-{i}" for i in range(30, 60)]
 
 
 @pytest.mark.slow
 def test_a_short_recipe_runs_and_goes_on(tmp_path: Path) -> None:
-    config = captioned.Captions(pictures=24, held_out=8, steps=5, rank=2)
-    captioned.learn(config, tmp_path / "adapter")
+    stage = captioned.Stage(pictures=24, steps=5, check_every=1, learning_rate=5e-3, detail=0.5)
+    captioned.learn(captioned.Captions((stage,), held_out=8, rank=2), tmp_path / "adapter")
     assert Adapter.load(tmp_path / "adapter").base is not None
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.slow
+def test_a_stage_learns_on_from_the_one_before(tmp_path: Path) -> None:
+    stage = captioned.Stage(pictures=24, steps=5, check_every=1, learning_rate=5e-3, detail=0.5)
+    before = Adapter.load("tiny-captions")
+    before.save(tmp_path / "adapter.1")  # as if it was stopped after its first stage
+    captioned.learn(captioned.Captions((stage, stage), held_out=8), tmp_path / "adapter")
+    assert Adapter.load(tmp_path / "adapter").training["started"] == before.digest()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "adapter.1"]
 
 
 # The adapter that comes with the package

@@ -123,6 +123,8 @@ def test_exporting_again_replaces_the_file(pipe: Pipe, tmp_path: Path) -> None:
     config, _ = read_lora(tmp_path / LORA_FILE)
     assert set((config.ranks or {}).values()) == {5}
     assert [p.name for p in tmp_path.iterdir()] == [LORA_FILE]
+    (tmp_path / "plain").touch()  # others may read what they may read of other files
+    assert (tmp_path / LORA_FILE).stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_export_leaves_other_files_alone(pipe: Pipe, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dsd import prompts
@@ -85,7 +85,7 @@ class Adapter:
         tensors = dict(self.state) if self.weights is None else {**self.state, _LEARNED: self.weights}
         part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
         try:
-            save_file(tensors, part / _WEIGHTS)
+            (part / _WEIGHTS).write_bytes(save(tensors))  # save_file leaves it to its owner alone
             (part / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", "utf-8")
             (part / "README.md").write_text(_card(self, out.name), "utf-8")
             if "calibration" in self.training:

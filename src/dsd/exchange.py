@@ -59,6 +59,9 @@ def write_lora(folder: str | os.PathLike[str], config: PromptConfig, state: Mapp
             weight_name=part,
             unet_lora_adapter_metadata=lora_options(ranks),
         )
+        data = (out / part).read_bytes()
+        (out / part).unlink()  # it is written for its owner alone
+        (out / part).write_bytes(data)
         os.replace(out / part, out / LORA_FILE)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{out}: got a folder that cannot be written ({error}); choose another") from None

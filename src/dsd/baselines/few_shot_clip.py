@@ -20,14 +20,14 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from dsd.adapt import turns_of
 from dsd.baselines.towers import Clip, Tokens
 from dsd.contracts import AdapterError, Example, ModelError, OptionError, Pair
-from dsd.evaluate import dataset_checksum, write_text
+from dsd.evaluate import dataset_checksum, write_bytes, write_text
 from dsd.images import load_image
 from dsd.jury import Judged, Jury, verdict
 from dsd.learn import FitConfig, choice_loss
@@ -133,9 +133,7 @@ class FewShotClip(Clip):
         """Writes what was learned: ``baseline.json`` and ``learned.safetensors``; the model is named, not copied."""
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
-        part = out / "learned.part"
-        save_file({k: v.contiguous() for k, v in self.learned.items()}, part)
-        os.replace(part, out / "learned.safetensors")
+        write_bytes(out / "learned.safetensors", save({k: v.contiguous() for k, v in self.learned.items()}))
         record = {
             "format": _FORMAT,
             "baseline": self.name,

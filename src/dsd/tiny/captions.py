@@ -103,7 +103,9 @@ def describe(rng: random.Random, thing: Thing, vocabulary: world.Vocabulary, det
     )
 
 
-def sample_claim(rng: random.Random, scene: Scene, vocabulary: world.Vocabulary = world.KNOWN) -> Claim:
+def sample_claim(
+    rng: random.Random, scene: Scene, vocabulary: world.Vocabulary = world.KNOWN, detail: float = 0.3
+) -> Claim:
     """A claim that holds for a scene, in words of the vocabulary: a place, a count, a relation or a list."""
     background = scene.background if rng.random() < 0.15 else None
     things = list(scene.things)
@@ -115,10 +117,10 @@ def sample_claim(rng: random.Random, scene: Scene, vocabulary: world.Vocabulary 
         group = rng.choice(copies)
         subject = Phrase(group[0].colour, group[0].shape, count=len(group))
         others = [t for t in things if t.kind != group[0].kind]
-        other = describe(rng, rng.choice(others), vocabulary) if others and rng.random() < 0.4 else None
+        other = describe(rng, rng.choice(others), vocabulary, detail) if others and rng.random() < 0.4 else None
         return Claim(subject, object=other, background=background)
     a = rng.choice(things)
-    subject = describe(rng, a, vocabulary)
+    subject = describe(rng, a, vocabulary, detail)
     if len(things) == 1 or rng.random() < 0.12:
         places = [p for p in world.PLACES if placed(a, p)]
         place = places[0] if places and rng.random() < 0.75 else None
@@ -126,9 +128,11 @@ def sample_claim(rng: random.Random, scene: Scene, vocabulary: world.Vocabulary 
     pairs = [(a, r, b) for a in things for b in things for r in vocabulary.relations if a is not b and related(a, r, b)]
     if pairs and rng.random() < 0.85:
         a, relation, b = rng.choice(pairs)
-        return Claim(describe(rng, a, vocabulary), relation, describe(rng, b, vocabulary), background=background)
+        return Claim(
+            describe(rng, a, vocabulary, detail), relation, describe(rng, b, vocabulary, detail), background=background
+        )
     b = rng.choice([t for t in things if t is not a])
-    return Claim(subject, object=describe(rng, b, vocabulary), background=background)
+    return Claim(subject, object=describe(rng, b, vocabulary, detail), background=background)
 
 
 # Words

@@ -96,9 +96,12 @@ def scene_at(recipe: Recipe, index: int) -> Scene:
     return world.sample_scene(rng, "pretraining", "easy", world.ALL, things=rng.choice((1, 2, 2)))
 
 
-def caption_of(rng: random.Random, scene: Scene) -> tuple[Claim, str]:
-    """A true claim about a scene and its words: a caption, or a question with its answer (one in ten)."""
-    claim = sample_claim(rng, scene)
+def caption_of(rng: random.Random, scene: Scene, detail: float = 0.3) -> tuple[Claim, str]:
+    """A true claim about a scene and its words: a caption, or a question with its answer (one in ten).
+
+    ``detail`` is how probable it is that a thing's size is told, and its fill.
+    """
+    claim = sample_claim(rng, scene, detail=detail)
     return claim, words_of(rng, claim)
 
 
