@@ -50,7 +50,7 @@ format: setup ## Format the code and repair what can be repaired
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: setup ## Measure what a score costs; another benchmark by BENCH=explain, cpu, memory, weights or more_examples
+bench: setup ## Measure what a score costs; another benchmark by BENCH=explain, cpu, memory, weights, more_examples or novel_words
 	@$(BIN)/python benchmarks/$(BENCH).py --out docs/results/$(BENCH) $(ARGS)
 
 pretrain: setup ## Train the embedded model anew, into runs/tiny; resumes where it stopped
