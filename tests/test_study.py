@@ -231,7 +231,11 @@ def test_an_interrupt_does_not_wait_for_what_is_measured(tmp_path: Path) -> None
     """Even one that the first process alone gets: what was being measured is not there in the end."""
     argv = ["study", "--quick", "--jobs", "2", "--out", str(tmp_path / "s")]
     script = tmp_path / "start.py"
-    script.write_text(f"from dsd.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main({argv!r}))\n")
+    # tests that run in the background ignore interrupts, and so would what they start
+    heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script.write_text(
+        f"{heed}from dsd.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main({argv!r}))\n"
+    )
     started = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, start_new_session=True)
     assert started.stderr is not None
     try:

@@ -132,8 +132,8 @@ def _share(store: Store, left: Sequence[Item], jobs: int, bar: Any) -> None:
     # the threads of torch do not survive a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _leave_with, (os.getpid(),)) as pool:
-        waiting = {pool.submit(measure.do, store, item) for item in left}
         try:
+            waiting = {pool.submit(measure.do, store, item) for item in left}
             while waiting:
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
