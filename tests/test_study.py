@@ -247,6 +247,7 @@ def test_an_interrupt_does_not_wait_for_what_is_measured(tmp_path: Path) -> None
     finally:
         started.kill()
         started.wait()
+        started.stderr.close()
     assert started.returncode == 130
     assert b"dsd study: stopped" in err
     assert set(tmp_path.glob("s/cells/*.json")) == there

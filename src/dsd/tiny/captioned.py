@@ -22,6 +22,7 @@ from dsd.prompts import PromptConfig
 from dsd.scores import ScoreConfig
 from dsd.tasks.captioned import with_hard_negatives
 from dsd.tiny import world
+from dsd.tiny.captions import DETAIL
 from dsd.tiny.pretrain import Recipe, caption_of, scene_at
 
 _FIRST = 30_000_000
@@ -37,7 +38,7 @@ class Stage:
         steps: Of the optimizer.
         check_every: Steps between looks at what is held out.
         learning_rate: At its peak.
-        detail: How probable it is that a caption tells a thing's size, and its fill; 0.3 while pretraining.
+        detail: How probable it is that a caption tells a thing's size, and its fill.
     """
 
     pictures: int
@@ -47,7 +48,7 @@ class Stage:
     detail: float
 
 
-STAGES = (Stage(24_576, 2400, 480, 5e-3, 0.3), Stage(24_576, 3000, 250, 2.5e-3, 0.6))
+STAGES = (Stage(24_576, 2400, 480, 5e-3, DETAIL), Stage(24_576, 3000, 250, 2.5e-3, 0.6))
 """First as pretraining had it, then with smaller steps and captions that tell more."""
 
 

@@ -92,8 +92,11 @@ def holds(claim: Claim, scene: Scene) -> bool:
 
 # Sampling
 
+DETAIL = 0.3
+"""How probable it is that a phrase tells a thing's size, and its fill, while pretraining."""
 
-def describe(rng: random.Random, thing: Thing, vocabulary: world.Vocabulary, detail: float = 0.3) -> Phrase:
+
+def describe(rng: random.Random, thing: Thing, vocabulary: world.Vocabulary, detail: float = DETAIL) -> Phrase:
     """A phrase true of a thing: colour and shape, size and fill each with probability ``detail``."""
     return Phrase(
         thing.colour,
@@ -104,7 +107,7 @@ def describe(rng: random.Random, thing: Thing, vocabulary: world.Vocabulary, det
 
 
 def sample_claim(
-    rng: random.Random, scene: Scene, vocabulary: world.Vocabulary = world.KNOWN, detail: float = 0.3
+    rng: random.Random, scene: Scene, vocabulary: world.Vocabulary = world.KNOWN, detail: float = DETAIL
 ) -> Claim:
     """A claim that holds for a scene, in words of the vocabulary: a place, a count, a relation or a list."""
     background = scene.background if rng.random() < 0.15 else None

@@ -44,7 +44,7 @@ from dsd.report import table
 from dsd.scores import ScoreConfig
 from dsd.tasks import world_task
 from dsd.tiny import world
-from dsd.tiny.captions import Claim, Phrase, answer, ask, sample_claim, say, vocabulary_words
+from dsd.tiny.captions import DETAIL, Claim, Phrase, answer, ask, sample_claim, say, vocabulary_words
 from dsd.tiny.world import Scene
 
 WINDOW = 32
@@ -96,7 +96,7 @@ def scene_at(recipe: Recipe, index: int) -> Scene:
     return world.sample_scene(rng, "pretraining", "easy", world.ALL, things=rng.choice((1, 2, 2)))
 
 
-def caption_of(rng: random.Random, scene: Scene, detail: float = 0.3) -> tuple[Claim, str]:
+def caption_of(rng: random.Random, scene: Scene, detail: float = DETAIL) -> tuple[Claim, str]:
     """A true claim about a scene and its words: a caption, or a question with its answer (one in ten).
 
     ``detail`` is how probable it is that a thing's size is told, and its fill.
