@@ -21,14 +21,14 @@ import torch
 
 from dsd.adapt import fit
 from dsd.backbone import load_backbone
-from dsd.learn import FitConfig, Method
+from dsd.learn import FitConfig
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
 from models import toy
 
 CONFIG = FitConfig(steps=8, batch=4, check_every=2, folds=2, learning_rate=0.05, jitter=10, patience=9)
-METHODS: dict[str, Method] = {"attention": "prompt+tokens+heads", "denoising": "prompt+tokens"}
+METHODS = {"attention": "prompt+tokens+heads", "denoising": "prompt+tokens"}
 """By score. With ``denoising``, attention is taught by itself, and what it costs is looked at too."""
 
 

@@ -365,7 +365,7 @@ def test_tokens_join_every_caption(pipe: Pipe) -> None:
     prompts.attach(made.backbone.denoiser, PromptConfig(tokens=3, projections=()))
     assert list(prompts.parameters(made.backbone.denoiser)) == [prompts.TOKENS]
     assert fingerprint(made.backbone) == before
-    states = prompts.join_tokens(made.backbone.denoiser, made.texts(["cat"])[0])
+    states = prompts.prompted(made.backbone.denoiser, made.texts(["cat"])[0])
     plain = made.texts(["cat"])[0]
     assert states.states.shape[1] == plain.states.shape[1] + 3
     assert torch.equal(states.states[:, :-3], plain.states)

@@ -5,6 +5,7 @@
 - ``prompt``: low-rank attention prompts (:mod:`dsd.prompts`), by gradient, with the same noise and timestep for all
   candidates of an example.
 - ``tokens``: soft tokens that join every caption, by gradient.
+- ``words``: what words mean that the model has never seen, as offsets to the states of their tokens, by gradient.
 - ``heads``: weights of the score's attention heads at each timestep, by gradient, from their importance on.
 - ``weights``: weights of all heads and of the denoising score (:mod:`dsd.weights`), on a frozen model, in a few passes
   over the examples.
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from dsd import prompts
 from dsd.adapters import Adapter, fingerprint
+from dsd.backbone import words_of
 from dsd.contracts import Example, OptionError, Pair
 from dsd.evaluate import dataset_checksum
 from dsd.jury import DOUBT, FEWEST, PARTS, Judged, Jury, verdict
@@ -83,8 +85,8 @@ def fit(
             ``weights`` by itself holds out ``examples`` by turns in any case, and keeps the zero-shot score if that
             does better on those given; after prompts or tokens, weights are learned from examples that were held out.
         config: How to learn.
-        prompt: Where prompts go; their soft tokens count if the method has ``tokens``. With ``start`` it is that
-            which says so.
+        prompt: Where prompts go; their soft tokens count if the method has ``tokens``, and with ``words`` it says
+            which. With ``start`` it is that which says where, and words alone can join.
         start: Prompts to learn on from, by a method with ``prompt``. What is learned then has to be better than these
             prompts as they are, and they are kept if it is not. The score is the scorer's; attention that is taught
             beside ``denoising`` is that which the prompts were learned for, at its timesteps.
@@ -98,9 +100,9 @@ def fit(
         progress: Whether to show progress bars, on stderr.
 
     Raises:
-        OptionError: If there is nothing to learn from, if validation examples show pictures that are learned from, if
-            ``start`` has nothing to start from or was learned at another size of pictures, or if the checkpoint is of
-            another request.
+        OptionError: If there is nothing to learn from, if no caption has a word that is to be learned, if validation
+            examples show pictures that are learned from, if ``start`` has nothing to start from or was learned at
+            another size of pictures, or if the checkpoint is of another request.
         AdapterError: If ``start`` was made for another base model.
         ModelError: If the loss stops being finite.
     """
@@ -116,6 +118,7 @@ def fit(
     if zero.kind == WEIGHTED:
         raise OptionError("got a score whose weights are learned, expected a zero-shot one to start from")
     prompts.check_bare(denoiser)
+    _check_words(() if prompt is None else prompt.words, examples, config)
     if start is not None:
         prompt = _placing(start, config, prompt, scorer.size)
         start.attach(scorer.backbone)  # refuses now what does not fit
@@ -181,6 +184,26 @@ def turns_of(examples: Sequence[Example], validation: Sequence[Example] | None, 
     return [turn]
 
 
+def _check_words(words: Sequence[str], examples: Sequence[Example], config: FitConfig) -> None:
+    """Refuses words that are not learned, or cannot be.
+
+    Raises:
+        OptionError: If the method does not go with them, or no caption of the examples has one of them.
+    """
+    if ("words" in config.pieces) != bool(words):
+        raise OptionError(
+            f"got method {config.method!r} and {', '.join(words) or 'no words'} to learn, expected words with a method "
+            "that has 'words' in it, and with no other"
+        )
+    said = {word for e in examples for text in e.texts for word in words_of(text)}
+    unsaid = [word for word in words if word not in said]
+    if unsaid:
+        raise OptionError(
+            f"got {', '.join(unsaid)} to learn, which no caption has, expected words as captions spell them; check the "
+            "spelling, and leave out what the examples say nothing of"
+        )
+
+
 def _placing(start: Adapter, config: FitConfig, prompt: PromptConfig | None, size: int) -> PromptConfig:
     """Where the prompts of an adapter go that are to be learned on.
 
@@ -207,14 +230,15 @@ def _placing(start: Adapter, config: FitConfig, prompt: PromptConfig | None, siz
             f"got an adapter to start from that was learned at {start.size} pixels and a model at {size}, expected the "
             f"same; load the model with size {start.size}"
         )
-    if prompt not in (None, start.prompts):
+    words = () if prompt is None else prompt.words
+    if prompt not in (None, start.prompts, PromptConfig(words=words)):
         raise OptionError("got a configuration of prompts and an adapter to start from, expected one of them")
-    return start.prompts
+    return replace(start.prompts, words=tuple(dict.fromkeys((*start.prompts.words, *words))))
 
 
 def resolve(prompt: PromptConfig, config: FitConfig) -> PromptConfig | None:
     """What a method attaches to the model; None if nothing."""
-    if not config.pieces & {"prompt", "tokens"}:
+    if not config.pieces & {"prompt", "tokens", "words"}:
         return None
     return replace(
         prompt,
@@ -417,9 +441,9 @@ class _Gradient:
         try:
             scorer.use(self.start)
             if self.origin is not None:
-                prompts.load_state(denoiser, self.origin.state)
+                prompts.load_state(denoiser, {**prompts.state(denoiser), **self.origin.state})  # words may have joined
                 if fresh and turn.held_out:
-                    trails[k].add(0, None, held_out_scores(scorer, held_out, self.team), dict(self.origin.state))
+                    trails[k].add(0, None, held_out_scores(scorer, held_out, self.team), prompts.state(denoiser))
             if "heads" in config.pieces and self.features is not None:  # the same score, with weights to be learned
                 same = self.features.weights_of(self.start.terms).repeat(len(self.start.timesteps), 1)
                 scorer.use(replace(self.start, kind=WEIGHTED, layers=self.features.layers, weights=None), same)

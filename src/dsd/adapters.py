@@ -172,10 +172,10 @@ class Adapter:
                 "got an adapter without prompts (the zero-shot score was kept, or only its weights were learned), "
                 "expected one with prompts; a pipeline has nothing to load of it"
             )
-        if self.prompts.tokens:
+        if self.prompts.tokens or self.prompts.words:
             raise AdapterError(
-                "got an adapter with soft tokens, which a LoRA has no place for, expected one of prompts alone; learn "
-                "it with --method prompt"
+                f"got an adapter with {'soft tokens' if self.prompts.tokens else 'learned words'}, which a LoRA has no "
+                "place for, expected one of prompts alone; learn it with --method prompt"
             )
         return write_lora(folder, self.prompts, self.state)
 
@@ -257,7 +257,7 @@ def fingerprint(backbone: Backbone) -> dict[str, Any]:
 
     Its size, some weights, and what it computes with them: configuration, schedule, what is predicted.
     """
-    added = (".lora_", prompts.TOKENS)
+    added = (".lora_", prompts.TOKENS, prompts.WORDS)
     named = backbone.denoiser.named_parameters()
     weights = [(n, p) for n, p in named if p.ndim > 1 and not any(part in n for part in added)]
     chosen = weights[:: max(1, len(weights) // 32)]
@@ -360,7 +360,7 @@ def _card(adapter: Adapter, name: str) -> str:
         ]
     call = f'matcher = dsd.Matcher.from_pretrained("{base}", adapter="{name}")'
     lines += ["", "```python", "import dsd", "", call, "```", ""]
-    if config is not None and not config.tokens:
+    if config is not None and not (config.tokens or config.words):
         lines += [f"For stock diffusers pipelines, as a LoRA: `dsd export {name} --out {name}-lora`", ""]
     return f"---\n{head.to_yaml()}\n---\n" + "\n".join(lines)
 
@@ -381,6 +381,8 @@ def _prompts_in_words(config: PromptConfig) -> str:
         parts.append(f"rank {config.rank} on {', '.join(config.projections)}")
     if config.tokens:
         parts.append(f"{config.tokens} soft tokens")
+    if config.words:
+        parts.append(f"the meaning of {', '.join(config.words)}")
     return " and ".join(parts)
 
 

@@ -50,7 +50,7 @@ from dsd.explanation import (
 )
 from dsd.images import load_image, resize_crop
 from dsd.probe import Probe, select_layers
-from dsd.prompts import disabled, join_tokens
+from dsd.prompts import disabled, prompted
 from dsd.scorer import Scorer, check_text, common_noise
 from dsd.scores import even_timesteps
 
@@ -271,7 +271,7 @@ class _Drawer:
     def _attention(self, text: str, spans: Sequence[Span], raw: bool) -> Float[Tensor, "spans size size"]:
         scorer, backbone = self._scorer, self._scorer.backbone
         (states,) = scorer.texts([text])
-        states = join_tokens(backbone.denoiser, states)
+        states = prompted(backbone.denoiser, states)
         (own,) = states.own.cpu()
         layers = select_layers(backbone.denoiser, self._config.layers)
         height, width = self._latent.shape[-2:]

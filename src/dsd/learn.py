@@ -34,20 +34,8 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 Objective = Literal["hinge", "softmax"]
-Method = Literal[
-    "prompt",
-    "tokens",
-    "heads",
-    "weights",
-    "prompt+tokens",
-    "prompt+heads",
-    "tokens+heads",
-    "prompt+tokens+heads",
-    "prompt+weights",
-    "tokens+weights",
-    "prompt+tokens+weights",
-]
-
+PIECES = ("prompt", "tokens", "words", "heads", "weights")
+"""What a method is made of, in the order in which it is written; not of the last two together."""
 
 HEEDED_BY_WEIGHTS = ("method", "negatives", "image_negatives", "swaps", "draws", "folds", "seed")
 """The fields of :class:`FitConfig` that ``weights`` alone depends on."""
@@ -92,7 +80,7 @@ class FitConfig:
         seed: Decides initial prompts, order, noise and what is held out.
     """
 
-    method: Method = "prompt"
+    method: str = "prompt"
     mix: tuple[str, ...] | None = None
     objective: Objective = "softmax"
     margin: float = 0.1
@@ -116,8 +104,12 @@ class FitConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise OptionError(f"got method {self.method!r}, expected one of {get_args(Method)}")
+        pieces = self.method.split("+")
+        if pieces != [p for p in PIECES if p in pieces] or {"heads", "weights"} <= set(pieces):
+            raise OptionError(
+                f"got method {self.method!r}, expected {', '.join(PIECES[:-1])} or {PIECES[-1]}, or several in this "
+                "order with + between, but not both of the last two"
+            )
         if self.mix is not None and not set(self.mix) <= set(SCORES):
             raise OptionError(f"got scores {self.mix} to mix, expected some of {', '.join(SCORES)}")
         if self.objective not in get_args(Objective):
@@ -270,8 +262,9 @@ def checkpointed(denoiser: torch.nn.Module, wanted: bool) -> Iterator[None]:
         denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
 
 
+_IN_TEXT = (prompts.TOKENS, prompts.WORDS)
 _FASTER = 10.0
-"""Learning rate of soft tokens, and of weights, which change by parts of themselves, against that of prompts."""
+"""Learning rate of states in the text, and of weights, which change by parts of themselves, against that of prompts."""
 
 WEIGHTS = "weights"
 """The name of a weighted score's weights among what was learned."""
@@ -315,7 +308,7 @@ class Learner:
         self.parameters = list(named.values())
         rate = config.learning_rate
         groups: list[dict[str, Any]] = [
-            {"params": [p], "peak": (_FASTER if name == prompts.TOKENS else 1.0) * rate} for name, p in named.items()
+            {"params": [p], "peak": (_FASTER if name.startswith(_IN_TEXT) else 1.0) * rate} for name, p in named.items()
         ]
         # of a weighted score: where its weights start, and their learned relative change
         self._start = scorer.score.weights
@@ -421,7 +414,8 @@ class Learner:
                 for s, (_, d) in zip(scores, part, strict=True)
             ]
             loss = torch.stack(losses).sum() / count
-            loss.backward()
+            if loss.requires_grad:  # unless words alone are learned, and none of them is here
+                loss.backward()
             self.weigh()  # what the weights were made of is used up by a backward pass
             total += loss.detach()
             broken = next((n for (n, _), s in zip(part, scores, strict=True) if not s.isfinite().all()), broken)

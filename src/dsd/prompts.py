@@ -1,14 +1,16 @@
 """Prompts: what few-shot learning adds to a frozen denoiser.
 
 He et al. 2023 learn a low-rank change of the query, key, value and output projections of the attention layers;
-``peft`` puts it there. Soft tokens (Lester et al. 2021) are learned token states that join every caption's.
+``peft`` puts it there. Soft tokens (Lester et al. 2021) are learned token states that join every caption's. What a word
+means is learned as an offset to the states of its tokens, of which its caption's other states know nothing (textual
+inversion, Gal et al. 2023, learns the word's embedding, before the text encoder).
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -26,6 +28,8 @@ Projection = Literal["to_q", "to_k", "to_v", "to_out.0"]
 _ADAPTER = "dsd"
 TOKENS = "soft_tokens"
 """The name of the soft tokens among what was learned."""
+WORDS = "soft_words"
+"""What names of the offsets of words begin with among what was learned, such as ``soft_words.dotted``."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,9 @@ class PromptConfig:
             others, or ``all``, as in the paper: what goes with what is worked out where the image attends to itself.
         layers: Patterns of cross-attention layers, as in :class:`dsd.scores.ScoreConfig`; for ``cross`` alone.
         tokens: How many soft tokens join every caption; they count among its own.
-        ranks: Names of modules of the denoiser and the rank of each, for prompts that others placed; the fields above,
-            except the scale, then count for nothing.
+        words: Words of captions, in lower case, whose meaning is learned: such that the model has never seen.
+        ranks: Names of modules of the denoiser and the rank of each, for prompts that others placed; rank, projections,
+            attention and layers then count for nothing.
     """
 
     rank: int = 4
@@ -51,6 +56,7 @@ class PromptConfig:
     attention: Literal["cross", "self", "all"] = "all"
     layers: tuple[str, ...] | None = None
     tokens: int = 0
+    words: tuple[str, ...] = ()
     ranks: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
@@ -59,7 +65,11 @@ class PromptConfig:
                 raise OptionError(f"got rank {rank}, expected 1 to 1024")
         if not 0 <= self.tokens <= 1024:
             raise OptionError(f"got {self.tokens} soft tokens, expected 0 to 1024")
-        if not set(self.projections) <= set(get_args(Projection)) or not (self.projections or self.tokens):
+        strange = [w for w in self.words if not (w.isalpha() and w == w.lower())]
+        if strange or len(set(self.words)) < len(self.words):
+            raise OptionError(f"got words {self.words}, expected different ones, of lower-case letters alone")
+        learned = self.projections or self.tokens or self.words
+        if not set(self.projections) <= set(get_args(Projection)) or not learned:
             raise OptionError(f"got projections {self.projections}, expected some of {get_args(Projection)}")
         if self.attention not in ("cross", "self", "all"):
             raise OptionError(f"got attention {self.attention!r}, expected cross, self or all")
@@ -126,7 +136,8 @@ def check_bare(denoiser: nn.Module) -> None:
 
 
 def attach(denoiser: nn.Module, config: PromptConfig, seed: int = 0) -> None:
-    """Adds prompts, which change nothing yet, and soft tokens; :func:`parameters` are then ready to learn.
+    """Adds prompts and offsets of words, which change nothing yet, and soft tokens; :func:`parameters` are then ready
+    to learn.
 
     Raises:
         AdapterError: If the denoiser already carries prompts, or lacks modules that ``config`` names.
@@ -147,8 +158,12 @@ def attach(denoiser: nn.Module, config: PromptConfig, seed: int = 0) -> None:
                 # learned in float32 even where the model is in half precision
                 layer.lora_A[_ADAPTER].float()
                 layer.lora_B[_ADAPTER].float()
-    if states is not None:  # last, because peft freezes what is not its own
-        denoiser.add_module(TOKENS, _SoftTokens(states.to(next(denoiser.parameters()).device)))
+    # last, because peft freezes what is not its own
+    device = next(denoiser.parameters()).device
+    if states is not None:
+        denoiser.add_module(TOKENS, _SoftTokens(states.to(device)))
+    if config.words:
+        denoiser.add_module(WORDS, _SoftWords(config.words, text_width(denoiser), device))
 
 
 def detach(denoiser: nn.Module) -> None:
@@ -162,16 +177,18 @@ def detach(denoiser: nn.Module) -> None:
             setattr(owner, child, layer.get_base_layer())
     if hasattr(denoiser, "peft_config"):
         del denoiser.peft_config
-    if _tokens(denoiser) is not None:
-        delattr(denoiser, TOKENS)
+    for name in (TOKENS, WORDS):
+        if _in_text(denoiser, name) is not None:
+            delattr(denoiser, name)
 
 
 def parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     """The prompts' own parameters by name."""
     found = {}
-    tokens = _tokens(denoiser)
-    if tokens is not None:
+    if isinstance(tokens := _in_text(denoiser, TOKENS), _SoftTokens):
         found[TOKENS] = tokens.states
+    if isinstance(words := _in_text(denoiser, WORDS), _SoftWords):
+        found |= {f"{WORDS}.{word}": offset for word, offset in words.offsets().items()}
     for name, layer in _layers(denoiser):
         found[f"{name}.lora_A.weight"] = layer.lora_A[_ADAPTER].weight
         found[f"{name}.lora_B.weight"] = layer.lora_B[_ADAPTER].weight
@@ -210,9 +227,7 @@ def load_state(denoiser: nn.Module, values: Mapping[str, Tensor]) -> None:
 def disabled(denoiser: nn.Module) -> Iterator[None]:
     """The model without its prompts, inside this context."""
     layers: list[Any] = [layer for _, layer in _layers(denoiser)]
-    tokens = _tokens(denoiser)
-    if tokens is not None:
-        layers.append(tokens)
+    layers += [added for name in (TOKENS, WORDS) if (added := _in_text(denoiser, name)) is not None]
     for layer in layers:
         layer.enable_adapters(False)
     try:
@@ -222,27 +237,50 @@ def disabled(denoiser: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def join_tokens(denoiser: nn.Module, text: TextStates) -> TextStates:
-    """Captions with the denoiser's soft tokens behind them, as own tokens of no word; as they are if it has none."""
-    tokens = _tokens(denoiser)
-    if tokens is None or not tokens.enabled:
-        return text
-    return text.with_tokens(tokens.states)
+def prompted(denoiser: nn.Module, text: TextStates) -> TextStates:
+    """Captions as the denoiser's prompts have them: with what was learned of words, and soft tokens behind them, as own
+    tokens of no word; as they are if there is neither."""
+    for name in (WORDS, TOKENS):
+        added = _in_text(denoiser, name)
+        if added is not None and added.enabled:
+            text = added(text)
+    return text
 
 
-class _SoftTokens(nn.Module):
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
-        self.states = nn.Parameter(states)
-        self.enabled = True
+class _InText(nn.Module):
+    """What is added to captions, unless it is disabled."""
+
+    enabled = True
 
     def enable_adapters(self, enabled: bool) -> None:
         self.enabled = enabled
 
 
-def _tokens(denoiser: nn.Module) -> _SoftTokens | None:
-    found = getattr(denoiser, TOKENS, None)
-    return found if isinstance(found, _SoftTokens) else None
+class _SoftTokens(_InText):
+    def __init__(self, states: Tensor) -> None:
+        super().__init__()
+        self.states = nn.Parameter(states)
+
+    def forward(self, text: TextStates) -> TextStates:
+        return text.with_tokens(self.states)
+
+
+class _SoftWords(_InText):
+    def __init__(self, words: Sequence[str], width: int, device: torch.device) -> None:
+        super().__init__()
+        self._words = tuple(words)
+        self.states = nn.ParameterList([torch.zeros(width, device=device) for _ in words])
+
+    def offsets(self) -> dict[str, nn.Parameter]:
+        return dict(zip(self._words, self.states, strict=True))
+
+    def forward(self, text: TextStates) -> TextStates:
+        return text.with_words(self.offsets())
+
+
+def _in_text(denoiser: nn.Module, name: str) -> _InText | None:
+    found = getattr(denoiser, name, None)
+    return found if isinstance(found, _InText) else None
 
 
 def _layers(denoiser: nn.Module) -> Iterator[tuple[str, LoraLayer]]:

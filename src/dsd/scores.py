@@ -27,7 +27,7 @@ from dsd.probe import (
     select_layers,
     text_once,
 )
-from dsd.prompts import join_tokens
+from dsd.prompts import prompted
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def noised_pass(
         if captions is not None:
             text = text.select(captions)
             stack.enter_context(text_once(backbone.denoiser, captions))
-        text = join_tokens(backbone.denoiser, text)
+        text = prompted(backbone.denoiser, text)
         if not layers:
             return Pass(noise, backbone.predict_noise(noised, timesteps, text), {})
         predicted = None

@@ -9,7 +9,7 @@ which family it is. A family is one file with one subclass, listed in :data:`dsd
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -65,6 +65,21 @@ class TextStates:
             own=torch.cat([self.own, true], 1),
             mask=None if self.mask is None else torch.cat([self.mask, true], 1),
         )
+
+    def with_words(self, offsets: Mapping[str, Float[Tensor, " width"]]) -> TextStates:
+        """The captions with an offset added to the states of the tokens of some words, by their spelling."""
+        found = [
+            (row, token, offsets[word])
+            for row, caption in enumerate(self.words)
+            for word, tokens in zip(caption.spelling, caption.tokens, strict=True)
+            if word in offsets
+            for token in tokens
+        ]
+        if not found:
+            return self
+        rows, tokens, added = zip(*found, strict=True)
+        where = tuple(torch.tensor(places, device=self.states.device) for places in (rows, tokens))
+        return replace(self, states=self.states.index_put(where, torch.stack(added).to(self.states), accumulate=True))
 
     @staticmethod
     def join(parts: Sequence[TextStates]) -> TextStates:

@@ -23,6 +23,11 @@ _WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|[^\s\w]+|_", re.IGNORE
 """What CLIP's tokenizer takes for a word."""
 
 
+def words_of(text: str) -> tuple[str, ...]:
+    """The words of a caption, as :class:`dsd.backbone.CaptionWords` spell them."""
+    return tuple(word.lower() for word in _WORD.findall(text))
+
+
 @dataclass(frozen=True)
 class Windows:
     """One caption as one text encoder is given it.

@@ -137,7 +137,7 @@ _OURS = (
     *("model", "adapter", "score", "timesteps", "layers", "direction", "noise", "encodings", "compile"),
     *("device_map", "offload", "quantize_text_encoder", "channels_last", "variant", "revision", "config"),
     *("allow_pickle", "method", "mix", "objective", "start", "rank", "prompt_scale", "projections", "attention"),
-    *("prompt_layers", "tokens", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("prompt_layers", "tokens", "words", "gradient_accumulation_steps", "gradient_checkpointing"),
 )
 """Options that say nothing to a baseline."""
 

@@ -51,8 +51,8 @@ def learning_options(command: argparse.ArgumentParser) -> None:
         "--method",
         default="prompt",
         metavar="M",
-        help="prompt, tokens, heads or weights, or several in this order with + between, but not both of the last two "
-        "(default: %(default)s)",
+        help="prompt, tokens, words, heads or weights, or several in this order with + between, but not both of the "
+        "last two (default: %(default)s)",
     )
     group.add_argument(
         "--mix",
@@ -76,6 +76,7 @@ def learning_options(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--prompt-layers", metavar="L,L,...", help="of the cross-attention layers, such as mid_block")
     group.add_argument("--tokens", type=int, metavar="N", help="soft tokens, where these are learned (default: 8)")
+    group.add_argument("--words", metavar="W,W,...", help="words that the model does not know, where these are learned")
     group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
     group.add_argument("--batch", type=int, metavar="N", help="examples a step (default: 16)")
     group.add_argument("--learning-rate", type=float, metavar="LR")
@@ -317,11 +318,13 @@ def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig | None]:
     )
     placing = ("rank", "prompt_scale", "projections", "attention", "prompt_layers", "tokens")
     where: dict[str, Any] = {n: v for n in ("rank", "tokens") if (v := getattr(a, n)) is not None}
+    if a.words is not None:
+        where["words"] = tuple(word.strip().lower() for word in a.words.split(","))
     if a.start is not None:
         idle = [f"--{n.replace('_', '-')}" for n in placing if getattr(a, n) is not None]
         if idle:
             raise OptionError(f"got {', '.join(idle)} with --start, whose prompts are as they are; leave it out")
-        return config, None
+        return config, PromptConfig(**where) if where else None
     if a.prompt_scale is not None:
         where["scale"] = a.prompt_scale
     if a.projections is not None:

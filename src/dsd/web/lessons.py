@@ -186,7 +186,7 @@ class Lessons:
         # by turns where there are few examples, which costs one run a turn and one more; else once
         share = None if len(examples) < 24 else 0.33
         config = FitConfig(
-            method=method,  # type: ignore[arg-type]
+            method=method,
             steps=self._config.lesson_steps,
             validation=share,
             check_every=max(1, min(20, self._config.lesson_steps // 4)),
