@@ -2,7 +2,7 @@
 
 Choices of two that hinge on one word, at ``standard``, test split: a relation or a fill that pretraining shows but
 never names, taught from 256 examples of that word alone; and those that it names, as a measure of what can be expected.
-Some twenty minutes of one core; lessons stay in ``--work``, and what is there is not taught again.
+Some forty minutes of one core; lessons stay in ``--work``, and what is there is not taught again.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from dsd.evaluate import evaluate, installed_versions, write_text
 from dsd.learn import FitConfig
 from dsd.matcher import Matcher
 from dsd.metrics import bootstrap_interval
+from dsd.prompts import PromptConfig
 from dsd.report import table
 from dsd.scores import ScoreConfig
 from dsd.study.grid import CAPTIONS, FEW, ONE
@@ -33,10 +33,17 @@ from dsd.tiny import world
 LEVEL = "standard"
 COUNT = 200
 SHOTS = 256
+_NOVEL = {"relation": world.NOVEL_RELATION, "fill": world.NOVEL_FILL}
 _MODES = ("text-choice", "image-choice")
 MANY = tuple(range(10, 1000, 20))
-LESSON = FitConfig(steps=160, learning_rate=2e-3, check_every=20, negatives=1, image_negatives=1, swaps=1)
-"""Short and with further negatives, for a few hundred examples of one word are soon learned by heart."""
+_SHORT = FitConfig(steps=160, learning_rate=2e-3, check_every=20)
+"""For a few hundred examples of one word are soon learned by heart."""
+LESSONS = {
+    "prompt, from the bare model": replace(_SHORT, learning_rate=5e-3, negatives=1, image_negatives=1, swaps=1),
+    "prompt": replace(_SHORT, negatives=1, image_negatives=1, swaps=1),
+    "prompt and the word": replace(_SHORT, method="prompt+words", negatives=0, image_negatives=0),
+}
+"""What was best on validation examples: further negatives help prompts, and hinder them once the word is learned."""
 
 
 def novel(word: str, split: str, count: int) -> list[Example]:
@@ -62,22 +69,23 @@ def zero_shot(timesteps: Sequence[int]) -> Matcher:
     return Matcher.from_pretrained("tiny", score=ScoreConfig("denoising", tuple(timesteps)), device="cpu")
 
 
-def taught(word: str, work: Path) -> Matcher:
-    """Learns on from captions, with all examples held out by turns; or what was learned so before."""
-    folder = work / f"{word}-{SHOTS}"
+def taught(word: str, name: str, work: Path) -> Matcher:
+    """Learns one of :data:`LESSONS` with all examples held out by turns; or what was learned so before."""
+    folder = work / f"{word}-{SHOTS} {name}"
+    config, bare = LESSONS[name], "bare" in name
+    words = (_NOVEL[word],) if "words" in config.pieces else ()
     if not folder.exists():
-        learner = Matcher.from_pretrained("tiny", score=ScoreConfig("attention", ONE), device="cpu")
-        start = time.process_time()
+        learner = Matcher.from_pretrained("tiny", score=ScoreConfig("attention", FEW if bare else ONE), device="cpu")
         learner.fit(
             novel(word, "few-shot", SHOTS),
-            config=LESSON,
-            start=CAPTIONS,
-            checkpoint=work / f"{word}.checkpoint",
+            config=config,
+            prompt=PromptConfig(words=words) if words else None,
+            start=None if bare else CAPTIONS,
+            checkpoint=Path(f"{folder}.checkpoint"),
             resume=True,
             progress=True,
         )
         learner.save_pretrained(folder)
-        write_text(work / f"{word}.seconds", f"{time.process_time() - start}\n")
     return Matcher.from_pretrained("tiny", adapter=folder, device="cpu")
 
 
@@ -107,8 +115,9 @@ def page(rows: Sequence[dict[str, Any]], command: str) -> str:
 
 Choices of two that hinge on one word, level `{LEVEL}`, {COUNT} test examples each, one draw; chance is 0.5; 95 %
 intervals. `named` are words that pretraining saw, which nothing was taught here; of fills, choices between captions
-alone. `novel` are "{world.NOVEL_RELATION}" and "{world.NOVEL_FILL}", each taught from {SHOTS} examples of its own:
-attention, learned on from `{CAPTIONS}`, one pass. Made by `{command}`;
+alone. `novel` are "{world.NOVEL_RELATION}" and "{world.NOVEL_FILL}", each taught from {SHOTS} examples of its own,
+attention alone: `prompt` learns on from `{CAPTIONS}`, and `prompt and the word` (`--method prompt+words`) what the
+word means besides. Made by `{command}`;
 choices between captions and between pictures apart are in the JSON file beside this page.
 
 {table(shown, columns)}
@@ -131,9 +140,11 @@ def main() -> None:
             row["denoising, 50 passes"] = won(zero_shot(MANY), examples)
             row["captions, 1 pass"] = won(captions, examples)
             if kind == "novel":
-                row[f"taught, {SHOTS} examples, 1 pass"] = won(taught(word, o.work), examples)
+                for name in LESSONS:
+                    passes = "5 passes" if "bare" in name else "1 pass"
+                    row[f"{name}, {passes}"] = won(taught(word, name, o.work), examples)
             rows.append(row)
-    record = {"versions": installed_versions(), "lesson": asdict(LESSON), "rows": rows}
+    record = {"versions": installed_versions(), "lessons": {n: asdict(c) for n, c in LESSONS.items()}, "rows": rows}
     write_text(o.out.with_suffix(".json"), json.dumps(record, indent=1) + "\n")
     write_text(o.out.with_suffix(".md"), page(rows, f"python benchmarks/novel_words.py --out {o.out}"))
 

@@ -281,6 +281,24 @@ def test_weights_follow_a_start(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> N
     assert accuracy(made, toy(20, 2)) > 0.9
 
 
+def test_words_join_a_start(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:
+    """From the start's prompts, which are kept with words that mean nothing new if nothing was learned."""
+    made = scorer(pipe)
+    start, words = taught[1], {"prompt": PromptConfig(words=("square",))}
+    config = replace(QUICK, method="prompt+words")
+    adapter = fit(made, toy(8, 4), toy(8, 1), config=replace(config, learning_rate=1e-9), start=start, **words)
+    assert adapter.prompts == replace(start.prompts, words=("square",))
+    assert not adapter.training["kept"]
+    assert not adapter.state["soft_words.square"].any()
+    assert same_state(replace(adapter, state={n: v for n, v in adapter.state.items() if n in start.state}), start)
+    pairs = toy(3, 5)[0].pairs
+    assert np.allclose(made.predict(pairs), taught[0].predict(pairs), atol=1e-6)
+    with pytest.raises(OptionError, match="expected one of them"):
+        fit(scorer(pipe), toy(8, 4), config=config, start=start, prompt=PromptConfig(rank=2, words=("square",)))
+    on = fit(scorer(pipe), toy(8, 4), toy(8, 1), config=replace(config, method="prompt"), start=adapter)
+    assert on.prompts == adapter.prompts
+
+
 def test_a_start_that_does_not_do(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:
     start = taught[1]
     made = scorer(pipe)

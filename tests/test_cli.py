@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -19,6 +20,7 @@ import pytest
 from PIL import Image
 
 from dsd import prompts
+from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
 from dsd.cli import main, options
 from dsd.jury import FEWEST
@@ -830,6 +832,20 @@ def test_checkpoint_of_another_request(dsd: Command, lesson: Path, tmp_path: Pat
 )
 def test_bad_options_of_learning(dsd: Command, lesson: Path, tmp_path: Path, options: tuple[str, str]) -> None:
     assert "expected" in dsd.refused("fit", lesson, "--out", tmp_path / "adapter", *options)
+
+
+def test_learning_words(dsd: Command, lesson: Path, tmp_path: Path) -> None:
+    how = ("--max-steps", "2", "--timesteps", "300", "--score", "attention", "--model", dsd.model)
+    start, out = save_adapter(tmp_path / "start", dsd.model), tmp_path / "adapter"
+    options = ("--method", "prompt+words", "--words", "Cat, dog", "--learning-rate", "1e-9")
+    status, _, err = dsd("fit", lesson, "--out", out, *how, *options, "--start", start)
+    assert (status, err) == (0, "")
+    assert Adapter.load(out).prompts == replace(Adapter.load(start).prompts, words=("cat", "dog"))
+    again = ("fit", lesson, "--out", tmp_path / "other", *how)
+    assert "got mauve to learn, which no caption has" in dsd.refused(*again, "--method", "words", "--words", "mauve")
+    assert "got method 'prompt' and cat to learn" in dsd.refused(*again, "--words", "cat")
+    assert "lower-case letters alone" in dsd.refused(*again, "--method", "words", "--words", "two words")
+    assert "got method 'weights' and cat to learn" in dsd.refused(*again, "--method", "weights", "--words", "cat")
 
 
 def test_learning_on_from_an_adapter(dsd: Command, lesson: Path, tmp_path: Path) -> None:

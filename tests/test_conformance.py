@@ -33,6 +33,8 @@ from dsd.scores import Score, ScoreConfig, noised_pass
 from models import KINDS, PIXELS, picture
 
 CAPTION, OTHER = "a red circle left of a dog", "cat"
+WORDS = ("circle", "cat")
+"""Words of these captions."""
 LONG = " ".join(["a red circle left of the blue square and a green dog, right"] * 42)
 """More tokens than any encoder takes at once."""
 STEPS = (153, 617)
@@ -91,10 +93,11 @@ def prompt_config(kind: str, **options: Any) -> PromptConfig:
     return PromptConfig(**{"rank": 2, "attention": "self" if kind == "dit" else "all"} | options)
 
 
-def randomise(denoiser: nn.Module, scale: float = 0.2) -> None:
+def randomise(denoiser: nn.Module, scale: float = 0.2) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(1)
     values = {name: scale * torch.randn(p.shape, generator=g) for name, p in prompts.parameters(denoiser).items()}
     prompts.load_state(denoiser, values)
+    return values
 
 
 def hooks(module: nn.Module) -> list[Any]:
@@ -793,7 +796,7 @@ def gradients(backbone: Backbone, kind: str, values: tuple[Tensor, Tensor, TextS
 
 @every
 def test_gradients_reach_every_prompt_also_under_checkpointing(kind: str, backbone: Backbone) -> None:
-    prompts.attach(backbone.denoiser, prompt_config(kind, tokens=0 if kind == "dit" else 2))
+    prompts.attach(backbone.denoiser, prompt_config(kind, **({} if kind == "dit" else {"tokens": 2, "words": WORDS})))
     randomise(backbone.denoiser)
     values = inputs(backbone, kind)
     found = gradients(backbone, kind, values)
@@ -820,7 +823,7 @@ def test_a_pass_that_ends_early_has_the_gradients_of_a_whole_one(
     kind: str, backbone: Backbone, checkpointing: bool
 ) -> None:
     denoiser = backbone.denoiser
-    prompts.attach(denoiser, prompt_config(kind, tokens=2))
+    prompts.attach(denoiser, prompt_config(kind, tokens=2, words=WORDS))
     randomise(denoiser)
     latents, t, text = inputs(backbone, kind)
     noise, weights = torch.ones_like(latents), torch.tensor([1.0, -2.0])
@@ -850,10 +853,29 @@ def test_a_pass_that_ends_early_has_the_gradients_of_a_whole_one(
         denoiser.disable_gradient_checkpointing()
 
 
+@textual
+def test_learned_words_move_their_own_tokens_alone(kind: str, backbone: Backbone) -> None:
+    text = texts_of(backbone, kind)
+    alone = text.select([1])
+    prompts.attach(backbone.denoiser, prompt_config(kind, projections=(), words=("circle", "nowhere")))
+    assert torch.equal(prompts.prompted(backbone.denoiser, text).states, text.states)
+    values = randomise(backbone.denoiser)
+    moved = prompts.prompted(backbone.denoiser, text)
+    circle = text.words[0].tokens[text.words[0].spelling.index("circle")]
+    expected = text.states.clone()
+    expected[0, list(circle)] += values["soft_words.circle"]
+    assert circle
+    assert torch.allclose(moved.states, expected)
+    assert (moved.words, moved.own.tolist()) == (text.words, text.own.tolist())
+    assert prompts.prompted(backbone.denoiser, alone) == alone  # has none of them
+    with prompts.disabled(backbone.denoiser):
+        assert prompts.prompted(backbone.denoiser, text) == text
+
+
 @every
 def test_prompts_round_trip(kind: str, backbone: Backbone, tmp_path: Path) -> None:
     bare = scorer(backbone, kind).predict(pairs(kind))
-    config = prompt_config(kind, tokens=0 if kind == "dit" else 1)
+    config = prompt_config(kind, **({} if kind == "dit" else {"tokens": 1, "words": WORDS}))
     base = fingerprint(backbone)
     prompts.attach(backbone.denoiser, config)
     randomise(backbone.denoiser)

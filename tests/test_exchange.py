@@ -638,6 +638,12 @@ LESSONS: dict[str, tuple[Callable[[], dict[str, Any]], list[str], bool, bool]] =
         True,
         False,
     ),
+    "prompts and words": (
+        lambda: {"prompts": PromptConfig(rank=3, projections=("to_q",), words=("grue", "bleen"))},
+        ["- Learned prompts: rank 3 on to_q and the meaning of grue, bleen"],
+        True,
+        False,
+    ),
     "prompts of others": (
         lambda: {"prompts": PromptConfig(ranks={"a": 8, "b": 4, "c": 4})},
         ["- Learned prompts: rank 4, 8 on 3 modules"],

@@ -414,6 +414,73 @@ def test_tokens_of_another_width_are_refused(pipe: Pipe) -> None:
     assert not prompts.parameters(backbone.denoiser)
 
 
+# Words
+
+NEW = ("grue", "bleen")
+
+
+def named(count: int, seed: int = 0) -> list[Example]:
+    """As toys, in words that say nothing of colours."""
+    return [replace(e, texts=tuple(f"a {word} square" for word in NEW)) for e in toy(count, seed)]
+
+
+@pytest.mark.parametrize("method", ["words", "prompt+words", "words+heads", "words+weights"])
+def test_words_learn_what_they_mean(pipe: Pipe, tmp_path: Path, method: str) -> None:
+    config = FitConfig(method, steps=20, batch=8, check_every=10, folds=2, learning_rate=0.02, jitter=10, draws=1)
+    made = scorer(pipe)
+    adapter = fit(made, named(12), config=config, prompt=PromptConfig(rank=2, words=NEW))
+    assert adapter.prompts is not None
+    assert adapter.prompts.words == NEW
+    learned = {f"{prompts.WORDS}.{word}" for word in NEW}
+    assert learned <= adapter.state.keys()
+    assert (learned == adapter.state.keys()) == ("prompt" not in method)
+    right = [int(np.argmax(made.predict(e.pairs))) == e.positives[0][1] for e in named(20, 7)]
+    assert np.mean(right) > 0.9
+    again = Adapter.load(adapter.save(tmp_path / "a"))
+    assert "the meaning of grue, bleen" in (tmp_path / "a" / "README.md").read_text()
+    fresh = load_backbone(pipe())
+    again.attach(fresh)
+    pairs = named(1, 9)[0].pairs
+    assert np.array_equal(Scorer(fresh, again.score, weights=again.weights).predict(pairs), made.predict(pairs))
+    with pytest.raises(AdapterError, match="learned words"):
+        again.export(tmp_path / "lora")
+
+
+def test_other_words_stay_as_they_are(pipe: Pipe) -> None:
+    """Nothing is learned in steps in which none of the words is said."""
+    made = scorer(pipe)
+    prompts.attach(made.backbone.denoiser, PromptConfig(projections=(), words=("grue",)))
+    config = replace(QUICK, steps=8, batch=1, negatives=0, image_negatives=0, temperature=100)  # no choice is won yet
+    learner = Learner(made, [*toy(7), *named(1, 3)], config, Team())
+    changed = []
+    for _ in range(8):
+        before = prompts.state(made.backbone.denoiser)["soft_words.grue"]
+        learner.step()
+        changed.append(not torch.equal(prompts.state(made.backbone.denoiser)["soft_words.grue"], before))
+    assert sum(changed) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "words", "message"),
+    [
+        ("prompt", NEW, "got method 'prompt' and grue, bleen to learn"),
+        ("prompt+words", (), "got method 'prompt.words' and no words"),
+        ("words", ("grue", "mauve"), "got mauve to learn, which no caption has"),
+    ],
+)
+def test_words_that_cannot_be_learned(pipe: Pipe, method: str, words: tuple[str, ...], message: str) -> None:
+    made = scorer(pipe)
+    with pytest.raises(OptionError, match=message):
+        fit(made, named(4), config=replace(QUICK, method=method), prompt=PromptConfig(words=words))
+    assert not prompts.parameters(made.backbone.denoiser)
+
+
+@pytest.mark.parametrize("method", ["", "weights+prompt", "heads+weights", "prompt+prompt", "prompt+", "magic"])
+def test_methods_that_there_are_not(method: str) -> None:
+    with pytest.raises(OptionError, match="several in this order"):
+        FitConfig(method)
+
+
 # Negatives
 
 

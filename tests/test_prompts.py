@@ -146,6 +146,12 @@ def test_soft_tokens_learn_beside_prompts(backbone: Backbone) -> None:
     assert all(p.requires_grad for p in own.values())
 
 
+@pytest.mark.parametrize("words", [("Dotted",), ("two words",), ("dotted", "dotted"), ("",), ("7",)])
+def test_words_that_no_caption_could_have_are_refused(words: tuple[str, ...]) -> None:
+    with pytest.raises(OptionError, match="lower-case letters alone"):
+        PromptConfig(words=words)
+
+
 def test_initial_prompts_are_decided_by_the_seed(backbone: Backbone) -> None:
     def initial(seed: int) -> dict[str, Tensor]:
         prompts.attach(backbone.denoiser, PromptConfig(rank=2), seed)
