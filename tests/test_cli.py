@@ -845,7 +845,7 @@ def test_learning_words(dsd: Command, lesson: Path, tmp_path: Path) -> None:
     assert "got mauve to learn, which no caption has" in dsd.refused(*again, "--method", "words", "--words", "mauve")
     assert "got method 'prompt' and cat to learn" in dsd.refused(*again, "--words", "cat")
     assert "lower-case letters alone" in dsd.refused(*again, "--method", "words", "--words", "two words")
-    assert "got method 'weights' and cat to learn" in dsd.refused(*again, "--method", "weights", "--words", "cat")
+    assert "got method 'tokens' and cat to learn" in dsd.refused(*again, "--method", "tokens", "--words", "cat")
 
 
 def test_learning_on_from_an_adapter(dsd: Command, lesson: Path, tmp_path: Path) -> None:
