@@ -426,9 +426,9 @@ def named(count: int, seed: int = 0) -> list[Example]:
 
 @pytest.mark.parametrize("method", ["words", "prompt+words", "words+heads", "words+weights"])
 def test_words_learn_what_they_mean(pipe: Pipe, tmp_path: Path, method: str) -> None:
-    config = FitConfig(method, steps=20, batch=8, check_every=10, folds=2, learning_rate=0.02, jitter=10, draws=1)
+    config = FitConfig(method, steps=30, batch=8, check_every=15, folds=2, learning_rate=0.02, jitter=10, draws=1)
     made = scorer(pipe)
-    adapter = fit(made, named(12), config=config, prompt=PromptConfig(rank=2, words=NEW))
+    adapter = fit(made, named(16), config=config, prompt=PromptConfig(rank=2, words=NEW))
     assert adapter.prompts is not None
     assert adapter.prompts.words == NEW
     learned = {f"{prompts.WORDS}.{word}" for word in NEW}
