@@ -39,6 +39,7 @@ Pipe = Callable[..., str]
 SCORE = ScoreConfig("attention", (20, 100))
 QUICK = FitConfig(steps=4, batch=4, check_every=2, folds=3, learning_rate=0.02, jitter=10)
 PROMPT = PromptConfig(rank=2, tokens=3)
+IN_TEXT = replace(PROMPT, words=("red",))
 
 
 def scorer(pipe: Pipe, config: ScoreConfig = SCORE) -> Scorer:
@@ -130,7 +131,7 @@ def test_shuffled_labels_give_chance(pipe: Pipe) -> None:
 def gradients(pipe: Pipe, config: FitConfig, score: ScoreConfig) -> dict[str, torch.Tensor]:
     """Of the second step, for in the first most are zero."""
     made = scorer(pipe, score)
-    prompts.attach(made.backbone.denoiser, PROMPT, config.seed)
+    prompts.attach(made.backbone.denoiser, IN_TEXT, config.seed)
     with checkpointed(made.backbone.denoiser, config.gradient_checkpointing):
         learner = Learner(made, toy(6), config, Team())
         learner.step()
@@ -155,7 +156,7 @@ def test_what_saves_memory_changes_nothing(pipe: Pipe, options: dict[str, Any], 
 @pytest.mark.parametrize(("rows", "expected"), [(256, [4]), (8, [2, 2]), (3, [1, 1, 1, 1])])
 def test_a_batch_goes_in_parts_that_fit(pipe: Pipe, rows: int, expected: list[int]) -> None:
     made = Scorer(load_backbone(pipe()), SCORE, batch_size=rows)
-    prompts.attach(made.backbone.denoiser, PROMPT)
+    prompts.attach(made.backbone.denoiser, IN_TEXT)
     learner = Learner(made, [replace(e, texts=(f"{i}", f"no {i}")) for i, e in enumerate(toy(6))], QUICK, Team())
     batch = [("", learner._draw(i, 0)) for i in range(4)]  # four rows each: two of its own, one text, one picture
     assert [len(part) for part in learner._parts(batch)] == expected
@@ -164,7 +165,7 @@ def test_a_batch_goes_in_parts_that_fit(pipe: Pipe, rows: int, expected: list[in
 def test_learning_with_little_memory(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts get smaller until they fit, and the step is the same; where one example is too much, it says so."""
     made = Scorer(load_backbone(pipe()), SCORE, batch_size=8)
-    prompts.attach(made.backbone.denoiser, PROMPT)
+    prompts.attach(made.backbone.denoiser, IN_TEXT)
     room, predict = 4, made.backbone.predict_noise
 
     def tight(noised: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -177,7 +178,7 @@ def test_learning_with_little_memory(pipe: Pipe, monkeypatch: pytest.MonkeyPatch
     loss = learner.step()
     assert made.batch_size == 4
     plenty = Scorer(load_backbone(pipe()), SCORE)
-    prompts.attach(plenty.backbone.denoiser, PROMPT)
+    prompts.attach(plenty.backbone.denoiser, IN_TEXT)
     same = Learner(plenty, toy(6), replace(QUICK, negatives=0, image_negatives=0), Team()).step()
     assert loss == pytest.approx(same, rel=1e-3)
     room = 1
@@ -358,6 +359,17 @@ def test_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # Soft tokens
 
 
+def check_on_disk(pipe: Pipe, adapter: Adapter, made: Scorer, example: Example, folder: Path, text: str) -> None:
+    """That an adapter of ``made`` scores the same once it was loaded, and is refused as a LoRA for what is in the text."""
+    again = Adapter.load(adapter.save(folder / "a"))
+    fresh = load_backbone(pipe())
+    again.attach(fresh)
+    found = Scorer(fresh, again.score, weights=again.weights).predict(example.pairs)
+    assert np.array_equal(found, made.predict(example.pairs))
+    with pytest.raises(AdapterError, match=text):
+        again.export(folder / "lora")
+
+
 def test_tokens_join_every_caption(pipe: Pipe) -> None:
     made = scorer(pipe)
     pairs = toy(1)[0].pairs
@@ -397,13 +409,7 @@ def test_tokens_survive_the_disk(pipe: Pipe, tmp_path: Path, method: Any, monkey
     assert adapter.prompts.tokens == adapt.SOFT_TOKENS
     assert len(adapter.state[prompts.TOKENS]) == adapt.SOFT_TOKENS
     assert (len(adapter.state) == 1) == (method == "tokens")
-    again = Adapter.load(adapter.save(tmp_path / "a"))
-    fresh = load_backbone(pipe())
-    again.attach(fresh)
-    pairs = toy(1, 9)[0].pairs
-    assert np.array_equal(Scorer(fresh, again.score, weights=again.weights).predict(pairs), made.predict(pairs))
-    with pytest.raises(AdapterError, match="soft tokens"):
-        again.export(tmp_path / "lora")
+    check_on_disk(pipe, adapter, made, toy(1, 9)[0], tmp_path, "soft tokens")
 
 
 def test_tokens_of_another_width_are_refused(pipe: Pipe) -> None:
@@ -436,14 +442,7 @@ def test_words_learn_what_they_mean(pipe: Pipe, tmp_path: Path, method: str) -> 
     assert (learned == adapter.state.keys()) == ("prompt" not in method)
     right = [int(np.argmax(made.predict(e.pairs))) == e.positives[0][1] for e in named(20, 7)]
     assert np.mean(right) > 0.9
-    again = Adapter.load(adapter.save(tmp_path / "a"))
-    assert "the meaning of grue, bleen" in (tmp_path / "a" / "README.md").read_text()
-    fresh = load_backbone(pipe())
-    again.attach(fresh)
-    pairs = named(1, 9)[0].pairs
-    assert np.array_equal(Scorer(fresh, again.score, weights=again.weights).predict(pairs), made.predict(pairs))
-    with pytest.raises(AdapterError, match="learned words"):
-        again.export(tmp_path / "lora")
+    check_on_disk(pipe, adapter, made, named(1, 9)[0], tmp_path, "learned words")
 
 
 def test_other_words_stay_as_they_are(pipe: Pipe) -> None:

@@ -231,7 +231,8 @@ def _placing(start: Adapter, config: FitConfig, prompt: PromptConfig | None, siz
             f"same; load the model with size {start.size}"
         )
     words = () if prompt is None else prompt.words
-    if prompt not in (None, start.prompts, PromptConfig(words=words)):
+    joining = PromptConfig(words=words) if words else None
+    if prompt not in (None, start.prompts, joining):
         raise OptionError("got a configuration of prompts and an adapter to start from, expected one of them")
     return replace(start.prompts, words=tuple(dict.fromkeys((*start.prompts.words, *words))))
 
