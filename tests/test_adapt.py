@@ -308,7 +308,7 @@ def test_a_start_that_does_not_do(pipe: Pipe, taught: tuple[Scorer, Adapter]) ->
         ({"start": start, "config": replace(QUICK, method="weights")}, "'weights' and an adapter"),
         ({"start": start, "config": replace(QUICK, method="prompt+tokens")}, "without soft tokens"),
         ({"start": start, "prompt": PromptConfig(rank=2)}, "expected one of them"),
-        ({"start": start, "prompt": PromptConfig()}, "expected one of them"),
+        ({"start": replace(start, prompts=PromptConfig(rank=2)), "prompt": PromptConfig()}, "expected one of them"),
         ({"start": replace(start, size=made.size * 2)}, "load the model with size"),
     ]
     for given, message in bad:

@@ -360,7 +360,7 @@ def test_log_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def check_on_disk(pipe: Pipe, adapter: Adapter, made: Scorer, example: Example, folder: Path, text: str) -> None:
-    """That an adapter of ``made`` scores the same once it was loaded, and is refused as a LoRA for what is in the text."""
+    """An adapter of ``made`` scores the same once it was loaded, and is refused as a LoRA for what is in the text."""
     again = Adapter.load(adapter.save(folder / "a"))
     fresh = load_backbone(pipe())
     again.attach(fresh)
