@@ -27,8 +27,8 @@ from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
 from models import toy
 
-CONFIG = FitConfig(steps=8, batch=4, check_every=2, folds=2, learning_rate=0.05, jitter=10, patience=9)
-METHODS = {"attention": "prompt+tokens+heads", "denoising": "prompt+tokens"}
+CONFIG = FitConfig(steps=16, batch=4, check_every=4, folds=2, learning_rate=0.05, jitter=10, patience=9)
+METHODS = {"attention": "prompt+tokens+words+heads", "denoising": "prompt+tokens"}
 """By score. With ``denoising``, attention is taught by itself, and what it costs is looked at too."""
 
 
@@ -41,7 +41,7 @@ def lesson(model: str, folder: Path, kind: str) -> None:
         scorer,
         toy(12),
         config=replace(CONFIG, method=METHODS[kind]),
-        prompt=PromptConfig(rank=4, tokens=2),
+        prompt=PromptConfig(rank=4, tokens=2, words=("blue",) if "words" in METHODS[kind] else ()),
         checkpoint=folder / "fit.checkpoint",
         resume=True,
         log=folder / "log.jsonl",
