@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -19,12 +21,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dsd import prompts
+from dsd import adapt, prompts
 from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
 from dsd.cli import main, options
 from dsd.jury import FEWEST
-from dsd.learn import Learner
+from dsd.learn import FitConfig, Learner
 from dsd.scores import SCORES, ScoreConfig
 from dsd.tasks import read_manifest
 from models import picture, save_adapter
@@ -459,6 +461,18 @@ def test_every_command_has_help(dsd: Command, command: str) -> None:
     status, out, err = dsd(command, "--help")
     assert (status, err) == (0, "")
     assert f"usage: dsd {command}" in out
+
+
+def test_help_says_how_learning_is_by_default() -> None:
+    parser = argparse.ArgumentParser()
+    options.learning_options(parser)
+    said = {a.dest: re.search(r"\(default: (\d[\d.]*)", a.help or "") for a in parser._actions}
+    learning, placing = FitConfig(), prompts.PromptConfig()
+    known = {name: getattr(learning, field) for name, field in options.LEARNING.items() if name in said}
+    known |= {"rank": placing.rank, "prompt_scale": placing.scale, "tokens": adapt.SOFT_TOKENS}
+    told = {name: float(of[1]) for name, of in said.items() if of is not None}
+    told.pop("negatives")  # that many, or none
+    assert told == {name: value for name, value in known.items() if value is not None}
 
 
 # Manifests

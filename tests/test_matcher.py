@@ -208,6 +208,17 @@ def test_an_adapter_brings_its_score_and_its_base(pipe: Pipe, adapter: Path) -> 
     assert gap(own, Matcher.from_pretrained(pipe(), score=own.score_config)) > 1e-3
 
 
+def test_a_named_score_is_that_score_alone(pipe: Pipe, adapter: Path, tmp_path: Path) -> None:
+    own = Adapter.load(adapter)
+    mixed = replace(own, score=replace(own.score, bare=ScoreConfig("denoising", (100,)), bare_weight=3.0))
+    mixed.save(tmp_path / "mixed")
+    assert Matcher.from_pretrained(pipe(), adapter=tmp_path / "mixed").score_config == mixed.score
+    alone = Matcher.from_pretrained(pipe(), adapter=tmp_path / "mixed", score="attention")
+    assert alone.score_config == own.score
+    assert alone.scale is None  # what was calibrated is the sum
+    assert gap(alone, Matcher.from_pretrained(pipe(), adapter=adapter)) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -112,7 +112,7 @@ def fit(
     if idle:
         raise OptionError(
             f"got {len(idle)} examples in which nothing competes ({', '.join(idle)[:200]}), "
-            "expected right and wrong candidates in each; add negatives to them"
+            "expected right and wrong candidates in each; add wrong ones, or let dsd negatives make them"
         )
     check_validation(examples, validation or ())
     if zero.kind == WEIGHTED:

@@ -357,7 +357,7 @@ def _check_examples(
     if idle:
         raise OptionError(
             f"got {len(idle)} examples in which nothing competes ({', '.join(idle)[:200]}), "
-            "expected right and wrong candidates in each; add negatives to them"
+            "expected right and wrong candidates in each; add wrong ones, or let dsd negatives make them"
         )
     check_validation(pool, validation or ())
     seen = {picture for e in learned for picture in pictures_of(e)}

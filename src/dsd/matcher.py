@@ -140,10 +140,11 @@ class Matcher:
         Args:
             model: An alias such as ``tiny`` or ``sd21-base``, a hub name, a folder, or a single-file checkpoint.
                 Default: the adapter's base, else ``tiny``.
-            adapter: A folder saved by :meth:`save_pretrained`, one in the authors' format, or a LoRA (folder or
-                safetensors file).
+            adapter: A folder saved by :meth:`save_pretrained`, one in the authors' format, a LoRA (folder or
+                safetensors file), or ``tiny-captions``, which comes with the package.
             score: A name of :data:`dsd.scores.SCORES` or a whole configuration. Default: the adapter's, else
-                ``denoising``, the best zero-shot.
+                ``denoising``, the best zero-shot. A name means that score by itself, under the adapter's prompts if
+                there are any: the denoising score that most adapters add is of the model without them.
             timesteps, layers, direction, seed: Override the score's own.
             size, batch_size, noise, encodings: See the class.
             device: Default: the first GPU if there is one, else the CPU.
@@ -161,10 +162,12 @@ class Matcher:
         backbone = load_backbone(model, device=device, dtype=dtype, **loading)
         if isinstance(score, ScoreConfig):
             config = score
-        elif loaded is not None and score in (None, loaded.score.kind):
+        elif loaded is not None and score is None:
             config = loaded.score
         elif loaded is not None:
-            config = replace(loaded.score, kind=str(score), weights=None, layers=None, bare=None)
+            config = replace(loaded.score, bare=None, bare_weight=1.0)
+            if score != loaded.score.kind:
+                config = replace(config, kind=str(score), weights=None, layers=None)
         else:
             config = _default_score(backbone, score or "denoising")
         if timesteps is not None:

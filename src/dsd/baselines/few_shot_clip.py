@@ -108,7 +108,7 @@ class FewShotClip(Clip):
         if idle or not examples:
             raise OptionError(
                 f"got {len(examples)} examples, {len(idle)} of them without a choice ({', '.join(idle)[:200]}), "
-                "expected right and wrong candidates in each; add negatives to them"
+                "expected right and wrong candidates in each; add wrong ones, or let dsd negatives make them"
             )
         self.tokens.check([text for e in (*examples, *(validation or ())) for text in e.texts])
         check_validation(examples, validation or ())

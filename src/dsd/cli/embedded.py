@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
     world_options(world)
     world.add_argument("--seed", type=int, default=0)
 
-    study = commands.add("study", _study, "The paper's study: every method on every task of the embedded world.")
+    study = commands.add("study", _study, "Every method on every task of the embedded world.")
     study.add_argument("--out", metavar="DIR", help="default: study, or quick-study; a study that is there goes on")
     size = study.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="one level, few methods, fewer examples: minutes")
@@ -31,7 +31,9 @@ def add(commands: Commands) -> None:
     )
     study.add_argument("--tasks", metavar="T,T,...", help=f"some of {', '.join(WORLD_TASKS)}, novel (default: all)")
     study.add_argument("--levels", metavar="L,L,...", help=f"some of {', '.join(LEVELS)} (default: standard,hard)")
-    study.add_argument("--methods", metavar="M;M;...", help="few-shot methods (default: five; a wrong one lists all)")
+    study.add_argument(
+        "--methods", metavar="M;M;...", help="few-shot methods with ; between (default: five; a wrong one lists all)"
+    )
     study.add_argument("--shots", type=integers, metavar="N,N,...", help="examples to learn from (default: 16,256)")
     study.add_argument("--seeds", type=int, metavar="N", help="draws of each number (default: 1)")
     study.add_argument("--held-out", type=int, metavar="N", help="examples a task to measure on (default: 200)")

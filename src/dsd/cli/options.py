@@ -57,12 +57,14 @@ def learning_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mix",
         metavar="S,S,...",
-        help="scores taught along with the score, or none (default: with denoising, attention in its place, for heads "
-        "and weights along with it; with others, none)",
+        help="scores taught along with the score, or none (default: with --score denoising, attention is taught, for "
+        "heads and weights along with denoising; with other scores, none)",
     )
     group.add_argument("--objective", choices=("softmax", "hinge"), default="softmax", help="default: %(default)s")
     group.add_argument(
-        "--start", metavar="DIR", help="an adapter whose prompts are learned on from; it says where they go, too"
+        "--start",
+        metavar="DIR",
+        help="an adapter whose prompts are learned on from, such as tiny-captions; it says where they go, too",
     )
     group.add_argument("--rank", type=int, help="rank of the prompts (default: 4)")
     group.add_argument("--prompt-scale", type=float, metavar="X", help="multiplies the prompts' change (default: 1)")
@@ -77,26 +79,53 @@ def learning_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--prompt-layers", metavar="L,L,...", help="of the cross-attention layers, such as mid_block")
     group.add_argument("--tokens", type=int, metavar="N", help="soft tokens, where these are learned (default: 8)")
     group.add_argument("--words", metavar="W,W,...", help="words that the model does not know, where these are learned")
-    group.add_argument("--max-steps", type=int, metavar="N", help="optimizer steps at most")
-    group.add_argument("--batch", type=int, metavar="N", help="examples a step (default: 16)")
-    group.add_argument("--learning-rate", type=float, metavar="LR")
-    group.add_argument("--weight-decay", type=float, metavar="X")
-    group.add_argument("--margin", type=float, metavar="X", help="of the hinge, in units of the spread of scores")
-    group.add_argument("--temperature", type=float, metavar="X", help="of the softmax, in the same units")
-    group.add_argument("--check-every", type=int, metavar="N", help="steps between looks at what is held out")
-    group.add_argument("--patience", type=int, metavar="N", help="looks without improvement before it stops")
-    group.add_argument("--jitter", type=int, metavar="N", help="timesteps are drawn so far from the score's at most")
-    group.add_argument("--draws", type=int, metavar="N", help="of noise, over which weights are learned")
-    group.add_argument("--negatives", type=int, metavar="N", help="captions of others for each right pair")
     group.add_argument(
-        "--image-negatives", type=int, metavar="N", help="pictures of other examples for each right pair"
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="optimizer steps at most (default: as many as go through the examples 25 times, but 100 to 400)",
     )
-    group.add_argument("--swaps", type=int, metavar="N", help="captions with two words exchanged for each right pair")
+    group.add_argument("--batch", type=int, metavar="N", help="examples a step (default: 16)")
+    group.add_argument("--learning-rate", type=float, metavar="LR", help="at its peak (default: 0.005)")
+    group.add_argument("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0.1)")
+    group.add_argument(
+        "--margin", type=float, metavar="X", help="of the hinge, in units of the spread of scores (default: 0.1)"
+    )
+    group.add_argument(
+        "--temperature", type=float, metavar="X", help="of the softmax, in the same units (default: 1.0)"
+    )
+    group.add_argument(
+        "--check-every",
+        type=int,
+        metavar="N",
+        help="steps between looks at what is held out (default: an eighth of all)",
+    )
+    group.add_argument(
+        "--patience", type=int, metavar="N", help="looks without improvement before it stops (default: 4)"
+    )
+    group.add_argument(
+        "--jitter", type=int, metavar="N", help="timesteps are drawn so far from the score's at most (default: 50)"
+    )
+    group.add_argument("--draws", type=int, metavar="N", help="of noise, over which weights are learned (default: 4)")
+    group.add_argument(
+        "--negatives",
+        type=int,
+        metavar="N",
+        help="captions of other examples that join each right pair as wrong ones (default: 1, or none for an example "
+        "that asks in both directions)",
+    )
+    group.add_argument(
+        "--image-negatives",
+        type=int,
+        metavar="N",
+        help="pictures of other examples that do (default: as --negatives)",
+    )
+    group.add_argument("--swaps", type=int, metavar="N", help="captions with two words exchanged that do (default: 0)")
     group.add_argument(
         "--candidates", type=int, metavar="N", help="images, and texts, of an example at most in a step (default: 4)"
     )
     held = group.add_mutually_exclusive_group()
-    held.add_argument("--folds", type=int, metavar="N", help="parts that are held out by turns")
+    held.add_argument("--folds", type=int, metavar="N", help="parts that are held out by turns (default: 3)")
     held.add_argument("--hold-out", type=float, metavar="SHARE", help="hold out this share once instead: faster")
     group.add_argument("--gradient-accumulation-steps", type=int, metavar="N", help="parts of a batch, to save memory")
     group.add_argument("--gradient-checkpointing", action="store_true", help="compute again rather than keep in memory")
@@ -109,7 +138,9 @@ def model_options(command: argparse.ArgumentParser, adapter: bool = True) -> Non
     )
     if adapter:
         group.add_argument(
-            "--adapter", metavar="DIR", help="what was learned: a folder of ours or of the authors' format, or a LoRA"
+            "--adapter",
+            metavar="DIR",
+            help="what was learned: a folder of ours or of the authors' format, a LoRA, or tiny-captions",
         )
     group.add_argument("--score", choices=SCORE_KINDS, help="default: the adapter's, or denoising")
     steps = group.add_mutually_exclusive_group()
@@ -124,9 +155,9 @@ def model_options(command: argparse.ArgumentParser, adapter: bool = True) -> Non
         "--seed",
         type=int,
         metavar="S",
-        help="decides the noise, the world's examples, how to learn (default: 0)",
+        help="decides the noise, the world's examples, how to learn (default: the adapter's, or 0)",
     )
-    group.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the model's own)")
+    group.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the adapter's or model's)")
     group.add_argument("--batch-size", type=int, metavar="N", help="rows a pass; halved when memory runs out")
     group.add_argument("--compile", action="store_true", help="compile the denoiser: slow to start, faster then")
     group.add_argument(
@@ -256,7 +287,7 @@ def accelerator_of(a: argparse.Namespace) -> Any:
     return accelerator
 
 
-_FIELDS = {
+LEARNING = {
     "max_steps": "steps",
     "batch": "batch",
     "learning_rate": "learning_rate",
@@ -281,7 +312,7 @@ _FIELDS = {
 
 def given_of(a: argparse.Namespace) -> dict[str, Any]:
     """Options of learning that were given and have no default here, by their fields."""
-    given = {field: getattr(a, name) for name, field in _FIELDS.items()}
+    given = {field: getattr(a, name) for name, field in LEARNING.items()}
     return {field: value for field, value in given.items() if value is not None}
 
 
@@ -292,7 +323,7 @@ def refuse_idle(a: argparse.Namespace, heeded: Iterable[str], method: str) -> No
         OptionError: If some were given.
     """
     known = {"seed", *heeded}
-    idle = [f"--{n.replace('_', '-')}" for n, f in _FIELDS.items() if getattr(a, n) is not None and f not in known]
+    idle = [f"--{n.replace('_', '-')}" for n, f in LEARNING.items() if getattr(a, n) is not None and f not in known]
     if idle:
         raise OptionError(f"got {', '.join(idle)} with {method}, which has no use for that; leave it out")
 

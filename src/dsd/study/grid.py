@@ -117,7 +117,7 @@ class StudyConfig:
             ("methods", self.methods, (*LESSONS, *RIVALS)),
         ):
             if not got or not set(got) <= set(known):
-                raise OptionError(f"got {name} {', '.join(got) or 'none'}, expected some of {', '.join(known)}")
+                raise OptionError(f"got {name} {'; '.join(got) or 'none'}, expected some of {'; '.join(known)}")
         if not self.shots or min(self.shots) < 4:
             raise OptionError(f"got shots {self.shots}, expected numbers of at least 4 examples")
         for name in ("seeds", "held_out", "passes"):
