@@ -16,14 +16,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dsd import learn, prompts
-from dsd.adapt import fit
+from dsd import adapt, learn, prompts
+from dsd.adapt import fit, turns_of
 from dsd.adapters import Adapter, fingerprint, same_base
 from dsd.backbone import Backbone, TextStates, load_backbone
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
 from dsd.learn import FitConfig, Learner, Team, choice_loss
 from dsd.lesson import choices_of, split
 from dsd.metrics import wins
+from dsd.probe import text_width
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
 from dsd.scores import ScoreConfig
@@ -277,26 +278,79 @@ def test_weights_follow_a_start(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> N
     made = scorer(pipe)
     adapter = fit(made, toy(8, 4), toy(8, 1), config=replace(QUICK, method="prompt+weights"), start=taught[1])
     assert adapter.prompts == taught[1].prompts
-    assert "weights" in adapter.training
+    assert adapter.training["weights"]["kept"] <= adapter.training["kept"]
     assert accuracy(made, toy(20, 2)) > 0.9
 
 
+def test_what_was_started_from_stays_whatever_the_bare_model_can_do(
+    pipe: Pipe, taught: tuple[Scorer, Adapter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are kept on top of prompts that nothing was learned for are something learned."""
+    monkeypatch.setattr(adapt, "better", lambda *_: True)
+    given: dict[str, Any] = {"config": replace(QUICK, method="prompt+weights", learning_rate=1e-12)}
+    start = replace(taught[1], state={n: -v if "lora_B" in n else v for n, v in taught[1].state.items()})  # does harm
+    adapter = fit(scorer(pipe), toy(12, 4), toy(8, 1), start=start, **given)
+    assert same_state(adapter, start)
+    assert adapter.training["weights"]["kept"]
+    assert adapter.training["kept"]
+    assert "started" in adapter.training
+
+
 def test_words_join_a_start(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:
-    """From the start's prompts, which are kept with words that mean nothing new if nothing was learned."""
+    """To the start's prompts, which are kept without them if nothing was learned."""
     made = scorer(pipe)
     start, words = taught[1], {"prompt": PromptConfig(words=("square",))}
     config = replace(QUICK, method="prompt+words")
     adapter = fit(made, toy(8, 4), toy(8, 1), config=replace(config, learning_rate=1e-9), start=start, **words)
-    assert adapter.prompts == replace(start.prompts, words=("square",))
+    assert adapter.prompts == start.prompts
     assert not adapter.training["kept"]
-    assert not adapter.state["soft_words.square"].any()
-    assert same_state(replace(adapter, state={n: v for n, v in adapter.state.items() if n in start.state}), start)
+    assert same_state(adapter, start)
     pairs = toy(3, 5)[0].pairs
     assert np.allclose(made.predict(pairs), taught[0].predict(pairs), atol=1e-6)
     with pytest.raises(OptionError, match="expected one of them"):
         fit(scorer(pipe), toy(8, 4), config=config, start=start, prompt=PromptConfig(rank=2, words=("square",)))
-    on = fit(scorer(pipe), toy(8, 4), toy(8, 1), config=replace(config, method="prompt"), start=adapter)
-    assert on.prompts == adapter.prompts
+
+
+@pytest.mark.parametrize("method", ["prompt", "prompt+words"])
+def test_a_start_that_has_words(
+    pipe: Pipe, taught: tuple[Scorer, Adapter], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """They are learned on only if the method says so, and need not be named again."""
+    looks_as(monkeypatch, improving)
+    meaning = torch.linspace(-1, 1, text_width(scorer(pipe).backbone.denoiser))
+    start = replace(
+        taught[1],
+        prompts=replace(taught[1].prompts, words=("square",)),
+        state={**taught[1].state, "soft_words.square": meaning},
+    )
+    config = replace(QUICK, method=method)
+    on = fit(scorer(pipe), toy(8, 4), toy(8, 1), config=config, start=start)
+    assert on.training["kept"]
+    assert on.prompts == start.prompts
+    assert torch.equal(on.state["soft_words.square"], meaning) == (method == "prompt")
+    assert not same_state(on, start)
+    unsaid = [replace(e, texts=("a", "b")) for e in toy(8, 4)]
+    with pytest.raises(OptionError, match="got square to learn, which no caption has"):
+        fit(scorer(pipe), unsaid, toy(8, 1), config=replace(config, method="prompt+words"), start=start)
+
+
+def test_words_that_only_held_out_examples_have_are_refused(pipe: Pipe) -> None:
+    rare = [replace(e, texts=("a red oblong", "a blue oblong")) if i == 3 else e for i, e in enumerate(toy(4))]
+    seeds = [
+        s for s in range(9) if rare[3] not in turns_of(rare, None, replace(QUICK, validation=0.5, seed=s))[0].examples
+    ]
+    config = replace(QUICK, method="words", validation=0.5, seed=seeds[0])
+    with pytest.raises(OptionError, match="got oblong to learn, which no caption has"):
+        fit(scorer(pipe), rare, config=config, prompt=PromptConfig(words=("oblong",)))
+
+
+def test_what_weights_would_refuse_is_refused_before_anything_is_learned(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Learner, "step", None)
+    one = [replace(toy(1)[0], id=f"{k}") for k in range(3)]
+    with pytest.raises(OptionError, match="none is free of the others' pictures"):
+        fit(scorer(pipe), one, toy(8, 1), config=replace(QUICK, method="prompt+weights"))
 
 
 def test_a_start_that_does_not_do(pipe: Pipe, taught: tuple[Scorer, Adapter]) -> None:

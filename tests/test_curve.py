@@ -379,6 +379,7 @@ def test_a_curve_that_does_not_begin_with_zero_shot(matcher: Matcher, fits: Fits
 # Requests that cannot be met
 
 
+NEW = {"config": replace(QUICK, method="words"), "prompt": PromptConfig(words=("grue",))}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no shots": ({"shots": ()}, "got shots none"),
     "zero-shot alone": ({"shots": (0,)}, "at least one of them more than 0"),
@@ -390,6 +391,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "one picture": ({"pool": [replace(POOL[0], id=f"{i}") for i in range(8)]}, "pictures of"),
     "nothing competes": ({"pool": [*POOL, replace(POOL[0], id="idle", texts=("a",), positives=((0, 0),))]}, "idle"),
     "nothing competes in validation": ({"validation": [replace(POOL[0], texts=("a",), positives=((0, 0),))]}, "compe"),
+    "words that few draws have": (
+        {"pool": [replace(POOL[0], texts=("a grue", "a dog")), *POOL[1:]], **NEW},
+        "got grue to learn",
+    ),
+    "words without a method for them": ({"prompt": PromptConfig(words=("red",))}, "'prompt' and red"),
     "measured on what is learned": ({"held_out": [*HELD_OUT, replace(POOL[2], id="leak")]}, "leak"),
     "measured on what stops": ({"validation": HELD_OUT[:1]}, "pictures of their own"),
 }

@@ -352,7 +352,15 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "half of a pair, kohya": (KOHYA, "out of place"),
     "shapes": ({DOWN: A, UP: torch.zeros(64, 3)}, r"\(64, 3\) up"),
     "vectors": ({DOWN: A[0], UP: B[0]}, "shapes"),
-    "rank 0": ({DOWN: torch.zeros(0, 32), UP: torch.zeros(64, 0)}, "rank 0"),
+    "rank 0": ({DOWN: torch.zeros(0, 32), UP: torch.zeros(64, 0)}, "of rank 1 or more"),
+    "two alphas, kohya": (
+        {
+            **KOHYA,
+            "lora_unet_mid_block_attentions_0_proj_in.lora_up.weight": B,
+            "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.ones(2),
+        },
+        "out of place",
+    ),
     "twice": ({**WHOLE, DOWN.removeprefix("unet."): A}, "same name"),
     "a whole alpha": ({**WHOLE, DOWN.replace("lora_A.weight", "alpha"): torch.tensor(3.0)}, "alpha"),
 }

@@ -449,7 +449,8 @@ def test_other_words_stay_as_they_are(pipe: Pipe) -> None:
     """Nothing is learned in steps in which none of the words is said."""
     made = scorer(pipe)
     prompts.attach(made.backbone.denoiser, PromptConfig(projections=(), words=("grue",)))
-    config = replace(QUICK, steps=8, batch=1, negatives=0, image_negatives=0, temperature=100)  # no choice is won yet
+    config = replace(QUICK, method="words", steps=8, batch=1, negatives=0, image_negatives=0)
+    config = replace(config, temperature=100)  # no choice is won yet
     learner = Learner(made, [*toy(7), *named(1, 3)], config, Team())
     changed = []
     for _ in range(8):
@@ -493,6 +494,19 @@ def test_pictures_of_others_join_as_wrong(pipe: Pipe) -> None:
     assert [drawn.texts[r] for r in image_choice.rows] == [right] * 3
     assert all(drawn.images[r][0] != 2 for r in image_choice.rows[1:])
     assert image_choice.right == (True, False, False)
+
+
+def test_what_is_right_of_the_same_picture_is_no_swap() -> None:
+    shown = toy(1)[0].images
+    said = ("a red dog chases a cat", "a red cat chases a dog", "a fox")
+    chases, chased = (Example(f"{k}", shown, (said[k], said[2]), ((0, 0),)) for k in (0, 1))
+    seen = ("a red dog sees a cat", "a red cat sees a dog")
+    others = [replace(e, texts=(text, "a fox")) for e, text in zip(toy(2, 1), seen, strict=True)]
+    for seed in range(20):
+        assert said[1] not in Negatives([chases, chased, *others], 0, 0, 3).join(0, random.Random(seed)).texts
+    assert any(
+        said[1] in Negatives([chases, *others], 0, 0, 3).join(0, random.Random(seed)).texts for seed in range(20)
+    )
 
 
 def test_pictures_that_share_a_caption_are_no_negatives() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsd import prompts
 from dsd.backbone import Backbone, TextStates, load_backbone
 from dsd.contracts import ImageError, ModelError, OptionError, TextError
 from dsd.scorer import Cache, Scorer, common_noise
@@ -414,6 +415,17 @@ def test_a_compiled_denoiser_sees_few_shapes(
             assert scorer.predict(pairs) == pytest.approx(tables[kind][:n].ravel(), abs=1e-5)
     assert set(shapes) <= {1, 2, 4, 7}
     assert any(n == 7 for n in shapes)
+
+
+def test_what_was_learned_of_words_is_not_compiled(pipe: Pipe) -> None:
+    """It is handed other captions each time, and would be compiled for each."""
+    backbone = load_backbone(pipe())
+    prompts.attach(backbone.denoiser, prompts.PromptConfig(tokens=2, words=("red", "dog")))
+    scorer = Scorer(backbone, CONFIGS["attention"])
+    scorer.compile(backend="eager")
+    added = [getattr(backbone.denoiser, name) for name in (prompts.TOKENS, prompts.WORDS)]
+    assert all(module._compiled_call_impl is None for module in added)
+    assert any(module._compiled_call_impl is not None for module in backbone.denoiser.modules())
 
 
 def test_layers_offloaded_one_by_one_are_not_compiled(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

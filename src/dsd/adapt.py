@@ -118,30 +118,28 @@ def fit(
     if zero.kind == WEIGHTED:
         raise OptionError("got a score whose weights are learned, expected a zero-shot one to start from")
     prompts.check_bare(denoiser)
-    _check_words(() if prompt is None else prompt.words, examples, config)
+    turns, prompt = planned(examples, validation, config, prompt, start, scorer.size)
     if start is not None:
-        prompt = _placing(start, config, prompt, scorer.size)
         start.attach(scorer.backbone)  # refuses now what does not fit
         prompts.detach(denoiser)
     try:
         if config.method == "weights":
             return _fit_weights(scorer, [_Part(list(examples))], validation or None, config, None, progress).adapter
-        turns = turns_of(examples, validation, config)
-        if "weights" in config.pieces and len(turns) == 1 and len(turns[0].held_out) > 1:
-            folds(turns[0].held_out, config.folds, config.seed)  # refuses now what would be refused after learning
         keeper = None if checkpoint is None else Path(checkpoint)
         team = Team(accelerator)
         with checkpointed(denoiser, config.gradient_checkpointing):
-            adapter, parts = _Gradient(scorer, config, prompt or PromptConfig(), start, team, keeper, log).fit(
+            adapter, parts = _Gradient(scorer, config, prompt, start, team, keeper, log).fit(
                 turns, list(examples), resume, progress
             )
         if "weights" in config.pieces:
             prompts.detach(denoiser)
             scorer.use(zero)
-            bare = _fit_weights(scorer, [_Part(list(examples))], validation or None, config, None, progress)
-            adapter = (
-                bare.adapter if adapter.prompts is None else _follow(scorer, adapter, parts, bare, config, progress)
-            )
+            bare = None
+            if start is None:
+                bare = _fit_weights(scorer, [_Part(list(examples))], validation or None, config, None, progress)
+                if adapter.prompts is None:
+                    return bare.adapter
+            adapter = _follow(scorer, adapter, parts, bare, config, progress)
         return adapter
     except BaseException:
         prompts.detach(denoiser)
@@ -184,19 +182,56 @@ def turns_of(examples: Sequence[Example], validation: Sequence[Example] | None, 
     return [turn]
 
 
-def _check_words(words: Sequence[str], examples: Sequence[Example], config: FitConfig) -> None:
-    """Refuses words that are not learned, or cannot be.
+def planned(
+    examples: Sequence[Example],
+    validation: Sequence[Example] | None,
+    config: FitConfig,
+    prompt: PromptConfig | None,
+    start: Adapter | None,
+    size: int,
+) -> tuple[list[Turn], PromptConfig]:
+    """What is held out when, where anything is by gradient, and where prompts go; see :func:`fit`.
+
+    Args:
+        size: Pixels a side of what is learned from.
 
     Raises:
-        OptionError: If the method does not go with them, or no caption of the examples has one of them.
+        OptionError: If the lesson could not be taught to its end.
     """
-    if ("words" in config.pieces) != bool(words):
+    named = () if prompt is None else prompt.words
+    if start is not None:
+        prompt = _placing(start, config, prompt, size)
+    turns = [] if config.method == "weights" else turns_of(examples, validation, config)
+    if "weights" in config.pieces:
+        if start is None:  # the bare model is weighed, too
+            folds(examples, config.folds, config.seed)
+        if len(turns) == 1 and len(turns[0].held_out) > 1:
+            folds(turns[0].held_out, config.folds, config.seed)
+    learned_from = examples if len(turns) != 1 else turns[0].examples
+    _check_words(named, () if prompt is None else prompt.words, learned_from, config)
+    return turns, prompt or PromptConfig()
+
+
+def _check_words(named: Sequence[str], words: Sequence[str], examples: Sequence[Example], config: FitConfig) -> None:
+    """Refuses words that are not learned, or cannot be.
+
+    Args:
+        named: Those that were asked for.
+        words: All that could be learned: those, and what an adapter that is learned on from has.
+
+    Raises:
+        OptionError: If the method does not go with them, or no caption of the examples has one that was asked for.
+    """
+    learns = "words" in config.pieces
+    if learns != bool(words if learns else named):
         raise OptionError(
-            f"got method {config.method!r} and {', '.join(words) or 'no words'} to learn, expected words with a method "
+            f"got method {config.method!r} and {', '.join(named) or 'no words'} to learn, expected words with a method "
             "that has 'words' in it, and with no other"
         )
     said = {word for e in examples for text in e.texts for word in words_of(text)}
-    unsaid = [word for word in words if word not in said]
+    unsaid = [word for word in named if word not in said]
+    if learns and said.isdisjoint(words):
+        unsaid = list(words)
     if unsaid:
         raise OptionError(
             f"got {', '.join(unsaid)} to learn, which no caption has, expected words as captions spell them; check the "
@@ -335,11 +370,11 @@ class _Gradient:
             examples: What is learned from in the end if there are several turns.
         """
         data = [[dataset_checksum(t.examples), dataset_checksum(t.held_out)] for t in turns]
-        placed = None if self.prompt is None else asdict(self.prompt)
+        where = None if self.prompt is None else self.prompt.to_dict()
         # weights that follow have no share in this, so that they can follow later, too
         method = "+".join(piece for piece in self.config.method.split("+") if piece != "weights")
         config = {**asdict(self.config), "method": method, "draws": None, "apart": self.apart}
-        asked: list[Any] = [self.base, config, placed, self.zero.to_dict(), self.scorer.size, data]
+        asked: list[Any] = [self.base, config, where, self.zero.to_dict(), self.scorer.size, data]
         if self.scorer.noise_was_given:
             asked.append(hashlib.blake2b(self.scorer.noise.cpu().numpy().tobytes(), digest_size=16).hexdigest())
         if self.origin is not None:
@@ -386,8 +421,11 @@ class _Gradient:
             if best and len(turns) > 1:  # all examples teach, for as long as was best for those held out
                 learned = self._run(Turn(examples, []), trails[0].steps[best], trails, len(turns), going, request, bar)
             bar.update(bar.total - bar.n)
+        placed = self.prompt
+        if not best and self.origin is not None:  # as it was, without words that would have joined
+            placed, learned = self.origin.prompts, dict(self.origin.state)
         parts = [
-            _Part(turn.held_out, {n: v for n, v in trail.learned[best].items() if n != WEIGHTS})
+            _Part(turn.held_out, {n: v for n, v in trail.learned[best].items() if n in learned and n != WEIGHTS})
             for turn, trail in zip(turns, trails, strict=False)
         ]
         taught_on, judged_on = (examples, examples) if len(turns) > 1 else (turns[0].examples, held_out)
@@ -406,7 +444,7 @@ class _Gradient:
             "calibration": found.calibration,
             "curve": [_point(trails[: len(turns)], i, judged) for i, judged in enumerate(found.curve)],
         }
-        return self._adapter(learned, found.weight, found.scale, training), parts
+        return self._adapter(placed, learned, found.weight, found.scale, training), parts
 
     def _run(
         self,
@@ -475,11 +513,16 @@ class _Gradient:
             scorer.use(self.zero)
 
     def _adapter(
-        self, learned: dict[str, Tensor], bare_weight: float, scale: float, training: dict[str, Any]
+        self,
+        placed: PromptConfig | None,
+        learned: dict[str, Tensor],
+        bare_weight: float,
+        scale: float,
+        training: dict[str, Any],
     ) -> Adapter:
         """Gives the scorer what was learned; nothing if it is empty."""
         weights = learned.pop(WEIGHTS, None)
-        placed = self.prompt if learned else None
+        placed = placed if learned else None
         if placed is not None:
             prompts.attach(self.scorer.backbone.denoiser, placed)
             prompts.load_state(self.scorer.backbone.denoiser, learned)
@@ -529,7 +572,7 @@ class _Weighed:
 
 
 def _follow(
-    scorer: Scorer, adapter: Adapter, parts: Sequence[_Part], bare: _Weighed, config: FitConfig, progress: bool
+    scorer: Scorer, adapter: Adapter, parts: Sequence[_Part], bare: _Weighed | None, config: FitConfig, progress: bool
 ) -> Adapter:
     """Fits weights of the model as it was taught, and gives the scorer these or those of the bare model.
 
@@ -539,7 +582,7 @@ def _follow(
     Args:
         adapter: What was taught.
         parts: As :meth:`_Gradient.fit` gives them.
-        bare: Weights of the bare model.
+        bare: Weights of the bare model; None where prompts were learned on, which stay.
     """
     denoiser = scorer.backbone.denoiser
     assert adapter.prompts is not None
@@ -548,7 +591,7 @@ def _follow(
     # prompts fit their own examples too well for weights to be learned from these: each example is seen with prompts
     # that did not learn from it
     taught = _fit_weights(scorer, parts, None, config, adapter, progress)
-    if taught.judged_by(taught.examples).rank >= bare.judged_by(taught.examples).rank:
+    if bare is None or taught.judged_by(taught.examples).rank >= bare.judged_by(taught.examples).rank:
         return taught.adapter
     prompts.detach(denoiser)
     scorer.use(bare.adapter.score, bare.adapter.weights)
@@ -642,7 +685,7 @@ def _fit_weights(
     if taught is not None and not kept:
         training = dict(taught.training)
     elif taught is not None:  # before is zero-shot, not before weights
-        training = {**taught.training, "validation": training["validation"]}
+        training = {**taught.training, "kept": True, "validation": training["validation"]}
         training["validation"]["before"] = taught.training["validation"]["before"]
     # no number in JSON is infinite
     tried = [{"strength": s if math.isfinite(s) else None, "loss": loss} for s, loss in fitted.losses.items()]

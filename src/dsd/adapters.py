@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Adapter:
     def digest(self) -> str:
         """32 hex digits over what was learned and what it is for; of nothing that only tells how it came about."""
         found = hashlib.blake2b(digest_size=16)
-        where = None if self.prompts is None else asdict(self.prompts)
+        where = None if self.prompts is None else self.prompts.to_dict()
         found.update(json.dumps([self.score.to_dict(), where, self.size], sort_keys=True).encode())
         tensors = dict(self.state) if self.weights is None else {**self.state, _LEARNED: self.weights}
         for name, values in sorted(tensors.items()):
@@ -77,7 +77,7 @@ class Adapter:
             "base": self.base,
             "size": self.size,
             "score": self.score.to_dict(),
-            "prompts": None if self.prompts is None else asdict(self.prompts),
+            "prompts": None if self.prompts is None else self.prompts.to_dict(),
             "scale": self.scale,
             "features": self.features,
             "training": self.training,
@@ -240,6 +240,8 @@ def check_out(folder: str | os.PathLike[str]) -> Path:
         AdapterError: If something else is there, or nothing can be written there.
     """
     out = Path(folder)
+    if out.is_symlink() or out.name in ("", ".."):  # what is replaced in the end is the folder itself
+        out = out.resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent):

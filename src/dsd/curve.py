@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dsd.adapt import turns_of
+from dsd.adapt import planned, turns_of
 from dsd.adapters import Adapter, fingerprint
 from dsd.contracts import Example, ManifestError, OptionError
 from dsd.evaluate import Metric, dataset_checksum, evaluate, installed_versions, write_text
 from dsd.learn import FitConfig
-from dsd.lesson import check_validation, folds, pictures_of
+from dsd.lesson import check_validation, pictures_of
 from dsd.matcher import Matcher
 from dsd.metrics import crossed_interval, outcomes, paired_difference
 from dsd.prompts import PromptConfig
@@ -231,7 +231,9 @@ def learning_curve(
         )
     chance = _check_examples(pool, held_out, validation, sizes[-1])
     for draw_seed, drawn in draws.items():
-        _check_fewest(drawn[: sizes[1]], validation is not None, replace(config, seed=draw_seed))
+        seeded = replace(config, seed=draw_seed)
+        _check_fewest(drawn[: sizes[1]], validation, seeded)
+        planned(drawn[: sizes[1]], validation, seeded, prompt, start, matcher.config["size"])
     request = {
         "name": name,
         "shots": sizes,
@@ -240,7 +242,7 @@ def learning_curve(
         "held_out": _described(held_out),
         "validation": None if validation is None else _described(validation),
         "fit": asdict(config),
-        "prompt": None if prompt is None else asdict(prompt),
+        "prompt": None if prompt is None else prompt.to_dict(),
         "matcher": matcher.config,
         "base": fingerprint(matcher.backbone),
         **({} if start is None else {"start": start.digest()}),
@@ -376,11 +378,9 @@ def _check_examples(
     return float(np.nanmean(won))
 
 
-def _check_fewest(drawn: Sequence[Example], validated: bool, config: FitConfig) -> None:
-    """Refuses what :func:`dsd.adapt.fit` would refuse later, after the zero-shot score was measured."""
-    if config.method == "weights":
-        folds(drawn, config.folds, config.seed)
-    elif not validated:
+def _check_fewest(drawn: Sequence[Example], validation: Sequence[Example] | None, config: FitConfig) -> None:
+    """Says of too few shots what would else be said of examples."""
+    if config.method != "weights" and validation is None:
         try:
             turns_of(drawn, None, config)
         except OptionError:

@@ -134,7 +134,7 @@ def _peft_names(path: Path, found: Mapping[str, Tensor]) -> tuple[dict[str, Tens
     if found and all(name.startswith("lora_unet_") for name in found):
         try:
             weights, alphas = StableDiffusionLoraLoaderMixin.lora_state_dict(dict(found))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, RuntimeError) as error:
             line = str(error).strip().splitlines()[-1][:200]
             raise AdapterError(f"{path}: got a LoRA in kohya's naming with weights out of place ({line})") from None
     named: dict[str, Tensor] = convert_unet_state_dict_to_peft({n.removeprefix("unet."): w for n, w in weights.items()})
@@ -155,10 +155,10 @@ def _pairs(path: Path, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Ten
             raise AdapterError(
                 f"{path}: got {module} without its weights down or up, expected both; copy the file again"
             )
-        if not (down.ndim == up.ndim >= 2 and len(down) == up.shape[1]):
+        if not (down.ndim == up.ndim >= 2 and len(down) == up.shape[1] and len(down)):
             raise AdapterError(
                 f"{path}: {module}: got weights of shapes {tuple(down.shape)} down and {tuple(up.shape)} up, "
-                "expected (rank, inputs) and (outputs, rank)"
+                "expected (rank, inputs) and (outputs, rank), of rank 1 or more"
             )
         yield module, down, up
 

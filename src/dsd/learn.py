@@ -262,7 +262,6 @@ def checkpointed(denoiser: torch.nn.Module, wanted: bool) -> Iterator[None]:
         denoiser.disable_gradient_checkpointing()  # type: ignore[operator]
 
 
-_IN_TEXT = (prompts.TOKENS, prompts.WORDS)
 _FASTER = 10.0
 """Learning rate of states in the text, and of weights, which change by parts of themselves, against that of prompts."""
 
@@ -304,11 +303,16 @@ class Learner:
         )
         # few-shot sets are small: all latents are held
         self._latents = [scorer.latents(e.images) for e in self.examples]
-        named = prompts.parameters(scorer.backbone.denoiser)
+        named: dict[str, torch.nn.Parameter] = {}
+        for name, parameter in prompts.parameters(scorer.backbone.denoiser).items():
+            # prompts that were started from may have more than is learned
+            if parameter.requires_grad_(prompts.piece_of(name) in config.pieces).requires_grad:
+                named[name] = parameter
         self.parameters = list(named.values())
         rate = config.learning_rate
         groups: list[dict[str, Any]] = [
-            {"params": [p], "peak": (_FASTER if name.startswith(_IN_TEXT) else 1.0) * rate} for name, p in named.items()
+            {"params": [p], "peak": (1.0 if prompts.piece_of(name) == "prompt" else _FASTER) * rate}
+            for name, p in named.items()
         ]
         # of a weighted score: where its weights start, and their learned relative change
         self._start = scorer.score.weights

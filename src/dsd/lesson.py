@@ -96,9 +96,9 @@ class Negatives:
         made = choices_of(example, shown, said)
         for image, text in example.positives:
             caption = example.texts[text]
-            wrong = self._captions_for(i, image, rng)
+            wrong = self._captions_for(i, rng)
             if self._swaps is not None:
-                wrong += self._swaps.swapped(caption, self._swapped, rng, {*example.texts, *wrong})
+                wrong += self._swaps.swapped(caption, self._swapped, rng, {*self._own_captions(i), *wrong})
             places = self._pictures_for(i, text, rng)
             for captions, pictures in ((wrong, [(i, image)] * len(wrong)), ([caption] * len(places), places)):
                 own, first = shown.index(image) * len(said) + said.index(text), len(texts)
@@ -109,13 +109,16 @@ class Negatives:
                     made.append(Choice(rows, tuple(row == own for row in rows)))
         return Drawn(tuple(images), tuple(texts), tuple(made))
 
-    def _captions_for(self, i: int, image: int, rng: random.Random) -> list[str]:
+    def _own_captions(self, i: int) -> set[str]:
+        """Those of the ``i``-th example, and of others that show a picture of it, of which they may be right."""
+        return {text for k in self._akin[i] for text in self._examples[k].texts}
+
+    def _captions_for(self, i: int, rng: random.Random) -> list[str]:
         """Of other examples than the ``i``-th, for a picture of it."""
         count = self._count(i, self._texts)
         if not count:
             return []
-        own = {text for k in self._akin[i] for text in self._examples[k].texts}
-        others = _Without(self._captions, (bisect_left(self._captions, text) for text in own))
+        others = _Without(self._captions, (bisect_left(self._captions, text) for text in self._own_captions(i)))
         return rng.sample(others, min(count, len(others)))
 
     def _pictures_for(self, i: int, text: int, rng: random.Random) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -77,6 +77,13 @@ class PromptConfig:
             raise OptionError(f"got layers with attention {self.attention!r}, expected them with attention 'cross'")
         if self.ranks is not None and not self.ranks:
             raise OptionError("got ranks of no module, expected at least one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, of words only where there are some: configurations from before they came are as they were."""
+        values = asdict(self)
+        if not self.words:
+            del values["words"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PromptConfig:
@@ -195,6 +202,11 @@ def parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
+def piece_of(name: str) -> str:
+    """The piece of a method that learns the parameter of this name: ``prompt``, ``tokens`` or ``words``."""
+    return "tokens" if name == TOKENS else "words" if name.startswith(f"{WORDS}.") else "prompt"
+
+
 def state(denoiser: nn.Module) -> dict[str, Tensor]:
     """A copy of the prompts, float32 on the CPU."""
     return {name: p.detach().float().cpu().clone() for name, p in parameters(denoiser).items()}
@@ -243,7 +255,8 @@ def prompted(denoiser: nn.Module, text: TextStates) -> TextStates:
     for name in (WORDS, TOKENS):
         added = _in_text(denoiser, name)
         if added is not None and added.enabled:
-            text = added(text)
+            # an offloaded denoiser is brought to the captions' device only when it is called
+            text = added.to(text.states.device)(text)
     return text
 
 
@@ -269,10 +282,12 @@ class _SoftWords(_InText):
     def __init__(self, words: Sequence[str], width: int, device: torch.device) -> None:
         super().__init__()
         self._words = tuple(words)
-        self.states = nn.ParameterList([torch.zeros(width, device=device) for _ in words])
+        # one for each word: one that no caption of a batch has must be left without a gradient
+        for word in words:
+            self.register_parameter(f"of_{word}", nn.Parameter(torch.zeros(width, device=device)))
 
     def offsets(self) -> dict[str, nn.Parameter]:
-        return dict(zip(self._words, self.states, strict=True))
+        return {word: self.get_parameter(f"of_{word}") for word in self._words}
 
     def forward(self, text: TextStates) -> TextStates:
         return text.with_words(self.offsets())

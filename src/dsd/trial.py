@@ -40,7 +40,7 @@ class Lesson:
             "seed": self.config.seed,
             "dataset": dataset_checksum(self.examples),
             "fit": asdict(self.config),
-            "prompt": None if self.prompt is None else asdict(self.prompt),
+            "prompt": None if self.prompt is None else self.prompt.to_dict(),
             **({} if self.start is None else {"start": Adapter.load(self.start).digest()}),
         }
 

@@ -105,12 +105,12 @@ def _fit(a: argparse.Namespace) -> None:
 
     examples = read_manifest(a.manifest)
     validation = None if a.val is None else read_manifest(a.val)
-    check_out(a.out)  # not after hours of learning
+    out = check_out(a.out)  # not after hours of learning
     config, prompt = lesson_of(a)
     accelerator = accelerator_of(a)
     leads = accelerator is None or accelerator.is_main_process
     matcher = matcher_of(a)
-    checkpoint = Path(f"{a.out.rstrip('/')}.checkpoint")
+    checkpoint = Path(f"{out}.checkpoint")
     matcher.fit(
         examples,
         validation,
@@ -125,7 +125,7 @@ def _fit(a: argparse.Namespace) -> None:
     )
     if not leads:
         return
-    out = matcher.save_pretrained(a.out)
+    matcher.save_pretrained(out)
     checkpoint.unlink(missing_ok=True)  # not before what was learned is on disk
     assert matcher.adapter is not None
     training = matcher.adapter.training

@@ -6,7 +6,6 @@ from one sweep of passes a task (:mod:`dsd.sweep`). Each lesson of a few-shot me
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ import torch
 from dsd.backbone import Backbone, load_backbone
 from dsd.baselines import baseline
 from dsd.contracts import Example
-from dsd.evaluate import dataset_checksum, evaluate
+from dsd.evaluate import dataset_checksum, evaluate, write_bytes
 from dsd.explanation import ExplainConfig
 from dsd.matcher import Matcher
 from dsd.metrics import outcomes
@@ -202,7 +201,7 @@ def _learn(store: Store, task: str, level: str, method: str, shots: int, seed: i
         item = ("lesson", task, level, first, shots, seed)
         done = store.get(item)
         if done is not None and done["cell"]["seconds"] is not None and store.taught(item).exists():
-            shutil.copyfile(store.taught(item), checkpoint)
+            write_bytes(checkpoint, store.taught(item).read_bytes())
             before = done["cell"]["seconds"]
     try:
         where = {"prompt": lesson.prompt} if lesson.start is None else {"start": lesson.start}

@@ -19,7 +19,6 @@ from dsd.adapters import EMBEDDED
 from dsd.contracts import OptionError
 from dsd.evaluate import claim, write_bytes, write_text
 from dsd.learn import HEEDED_BY_WEIGHTS
-from dsd.prompts import PromptConfig
 from dsd.study.grid import CAPTIONS, LESSONS, RIVALS, Item, StudyConfig, work
 
 RULES = 3
@@ -83,10 +82,7 @@ class Store:
             values: dict[str, Any] = json.loads(self.path(item).read_text("utf-8"))
         except (OSError, ValueError):
             values = self._packed().get(_name(item), {})
-        made_by = values.get("made_by", {})
-        if "prompt" in made_by:  # options that came later were at their defaults
-            made_by = {**made_by, "prompt": _plain(PromptConfig()) | made_by["prompt"]}
-        return values if made_by == json.loads(json.dumps(self._made_by(item))) else None
+        return values if values.get("made_by") == json.loads(json.dumps(self._made_by(item))) else None
 
     def found(self) -> dict[Item, dict[str, Any]]:
         """What there is of the grid, and of lessons that the folder has besides at its places."""
@@ -136,6 +132,7 @@ class Store:
             return {"model": _digest("clip_weights"), "rules": RULES}
         lesson = LESSONS[item[3]]
         made: dict[str, Any] = {"model": _digest("weights"), **asdict(lesson), "rules": RULES}
+        made["prompt"] = lesson.prompt.to_dict()
         del made["start"]
         if lesson.start is not None:
             made |= captions
@@ -145,12 +142,6 @@ class Store:
             return made
         made["config"] = asdict(lesson.config.resolved(item[4]))
         return {**made, "max_steps": self.config.max_steps}
-
-
-def _plain(config: PromptConfig) -> dict[str, Any]:
-    """As it comes back from JSON."""
-    plain: dict[str, Any] = json.loads(json.dumps(asdict(config)))
-    return plain
 
 
 def _name(item: Item) -> str:
