@@ -330,6 +330,28 @@ def test_naming_of_kohya(pipe: Pipe, tmp_path: Path, alphas: dict[str, float]) -
         assert torch.allclose(passed(theirs.unet), passed(expected), atol=1e-5)
 
 
+# Folders
+
+
+def test_an_adapter_takes_the_place_of_the_folder_that_a_link_leads_to(
+    pipe: Pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, link = tmp_path / "folder", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    for rank in (1, 2):
+        assert learned(pipe(), PromptConfig(rank=rank)).save(link) == folder
+        assert Adapter.load(link).prompts == PromptConfig(rank=rank)
+    assert {p.name for p in tmp_path.iterdir()} == {"folder", "link"}
+    monkeypatch.chdir(folder)
+    for name in (".", folder, "../link"):  # whoever stands there would stand in a folder that is gone
+        with pytest.raises(AdapterError, match="got the working directory"):
+            learned(pipe(), PromptConfig()).save(name)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(AdapterError, match="cannot be written"):
+        learned(pipe(), PromptConfig()).save(tmp_path / "loop")
+
+
 # What is refused
 
 A, B = torch.zeros(2, 32), torch.zeros(64, 2)

@@ -240,15 +240,21 @@ def check_out(folder: str | os.PathLike[str]) -> Path:
         AdapterError: If something else is there, or nothing can be written there.
     """
     out = Path(folder)
-    if out.is_symlink() or out.name in ("", ".."):  # what is replaced in the end is the folder itself
-        out = out.resolve()
     try:
+        if out.is_symlink():  # what is replaced in the end is the folder itself
+            out = out.resolve()
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=out if out.is_dir() else out.parent):
             pass  # what cannot be written is found out before hours of learning
         taken = out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / _CONFIG).exists()))
-    except OSError as error:
-        raise AdapterError(f"{out}: got a path that cannot be written ({error.strerror}); choose another") from None
+        here = out.exists() and out.samefile(Path.cwd())
+    except (OSError, RuntimeError) as error:  # the latter of links that lead to themselves
+        reason = getattr(error, "strerror", None) or error
+        raise AdapterError(f"{out}: got a path that cannot be written ({reason}); choose another") from None
+    if here:
+        raise AdapterError(
+            f"{folder}: got the working directory, expected a folder of its own for an adapter; name one"
+        )
     if taken:
         raise AdapterError(f"{out}: got a path that holds something else, expected a new folder or an adapter's")
     return out
