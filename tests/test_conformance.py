@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from dsd.backbone.latent import Flow
 from dsd.contracts import AdapterError, ModelError, OptionError, TextError
 from dsd.explain import explain
 from dsd.explanation import ExplainConfig
+from dsd.matcher import Matcher
 from dsd.probe import Probe, cross_attention_layers, projections, select_layers, unheard
 from dsd.prompts import PromptConfig
 from dsd.scorer import Scorer
@@ -542,6 +544,13 @@ def test_odd_sizes(kind: str, backbone: Backbone, size: int) -> None:
         assert maps.shape == (7, size, size)
         assert np.isfinite(maps).all()
         assert maps.max() > 0
+
+
+def test_a_class_has_no_words_to_show() -> None:
+    made = Matcher(backbone_of("dit"), size=PIXELS)
+    assert not made.explains
+    assert made.explain(picture(0), pairs("dit")[0][1], config=replace(MAPS, method="agreement")).maps.size == 0
+    assert Matcher(backbone_of("sd1")).explains
 
 
 @joint

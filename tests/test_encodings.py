@@ -89,6 +89,19 @@ def test_another_model_takes_nothing(tmp_path: Path, pipe: Pipe, monkeypatch: py
     assert len(files(tmp_path)) == kept + 2
 
 
+@pytest.mark.parametrize("kind", ["flux-dev", "sdxl", "pixart-sigma"])
+def test_what_a_family_decides_of_captions_counts(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as how long T5's window is, which the same text encoder has in two members of a family."""
+    one = models.backbone_of(models.pipeline(kind))
+    assert one.caption_settings
+    Matcher(one, size=PIXELS, encodings=tmp_path).score(picture(0), "a dog")
+    other = models.backbone_of(models.pipeline(kind))
+    monkeypatch.setattr(type(other), "caption_settings", {"of": "another"})
+    ran = watched(other, monkeypatch)
+    Matcher(other, size=PIXELS, encodings=tmp_path).score(picture(0), "a dog")
+    assert ran.count("encode_texts") == 2
+
+
 def test_files_that_others_put_there_are_not_taken(tmp_path: Path, pipe: Pipe) -> None:
     expected = Matcher(load_backbone(pipe())).score(picture(0), "a dog").scores
     matcher = Matcher(load_backbone(pipe()), encodings=tmp_path)

@@ -153,7 +153,9 @@ def test_a_matcher_that_miscounts_is_caught(monkeypatch: pytest.MonkeyPatch) -> 
         evaluate(Redness(), EXAMPLES)
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"examples": 3}', "\x00", '{"examples": [{"id": 1}]}'])
+@pytest.mark.parametrize(
+    "content", [None, "", "[]", "{}", '{"examples": 3}', "\x00", '{"examples": [{"id": 1}]}', '{"examples": [1]}']
+)
 def test_files_that_are_no_results(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "result.json"
     if content is not None:

@@ -17,7 +17,7 @@ from PIL import Image
 from dsd import explain as explaining
 from dsd import probe
 from dsd.contracts import DsdError, ImageError, OptionError, TextError
-from dsd.explain import enlarged, leave_out, word_maps
+from dsd.explain import enlarged, leave_out, replaced, word_maps
 from dsd.explanation import ExplainConfig, Explanation, find_phrase, noun_phrases
 from dsd.matcher import Matcher
 from dsd.scorer import Scorer
@@ -250,6 +250,12 @@ def test_phrases_are_found_and_asked_for(matcher: Matcher) -> None:
 def test_words_are_left_out_as_they_are_written() -> None:
     words = ("a", "red", "circle", ",", "left", "of", "a", "zebra")
     assert leave_out("A  Red circle, left of a Zebra", words, (1, 3)) == "A , left of a Zebra"
+    # letters elsewhere as they were
+    words = ("the", "year", "1", "9", "9", "8", ",", "a", "dog", "'s", "bowl", ".")
+    assert leave_out("The year 1998, a  dog's bowl.", words, (1, 2)) == "The 1998, a dog's bowl."
+    assert replaced("A dog's bowl.", ("a", "dog", "'s", "bowl", "."), {(1, 2): "cat", (4, 4): "here"}) == (
+        "A cat 's bowl here ."
+    )
     assert leave_out("cat", ("cat",), (0, 1)) == ""
     # a spelling that is not in the caption
     assert leave_out("İstanbul cat", ("i̇stanbul", "cat"), (0, 1)) == "cat"

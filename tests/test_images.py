@@ -201,6 +201,7 @@ def test_wrong_types() -> None:
         refused(thing, type(thing).__name__)
     refused(Image.new("F", (2, 2)), "floating-point")
     refused(Image.new("I", (2, 2), 70000), "70000")
+    refused(Image.new("I", (2, 2), 200), "convert it to uint8")  # which would be black
     refused(Image.new("RGB", (0, 2)), "0 x 2")
 
 

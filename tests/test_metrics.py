@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from math import comb
 from typing import Any
@@ -273,6 +274,18 @@ def test_soft_accuracy_as_plain_loops_have_it(scores: list[float], data: st.Data
     found = evaluate_scores([asked, asked], [np.array([scores])] * 2, credits=credits, resamples=1)
     assert found["metrics"]["soft-accuracy"]["value"] == pytest.approx(expected)
     assert found["metrics"]["soft-accuracy"]["n"] == 1
+
+
+def test_soft_accuracy_counts_questions_whose_answers_are_all_right() -> None:
+    """Of a yes-no question that people answered half and half, both answers are worth all that one can be."""
+    both = Example("both", (0,), ("no", "yes"), ((0, 0), (0, 1)))  # type: ignore[arg-type]
+    one = replace(both, id="one", positives=((0, 1),))
+    scores = [np.array([[0.0, 1.0]])] * 3
+    credits: list[np.ndarray | None] = [np.array([worth]) for worth in ([1.0, 1.0], [1.0, 0.3], [0.0, 1.0])]
+    right = [both, replace(both, id="less", positives=((0, 0),)), one]
+    found = evaluate_scores(right, scores, credits=credits, resamples=1)["metrics"]
+    assert (found["soft-accuracy"]["n"], found["accuracy"]["n"]) == (3, 2)
+    assert found["soft-accuracy"]["value"] == pytest.approx((1 + 0.3 + 1) / 3)
 
 
 def test_credits_must_fit() -> None:

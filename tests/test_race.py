@@ -127,6 +127,21 @@ def test_what_can_be_afforded_may_run_out() -> None:
     assert found.order == np.argsort(-table[:, wanted[1][0]], kind="stable").tolist()
 
 
+def test_who_was_dropped_keeps_its_order() -> None:
+    table = drawn(40, 20, 3)
+    race = Race(40, free(20), Budget(passes=150))
+    while (wanted := race.ask()) is not None:
+        race.tell(table[np.ix_(*wanted)])
+    found = race.standing()
+    assert len(set(found.passes.tolist())) > 1
+    leader = found.order[0]
+    for m in set(found.passes.tolist()):
+        group = np.flatnonzero(found.passes == m)
+        means = race._seen[group, :m].mean(1)
+        assert [int(group[i]) for i in np.argsort(-means, kind="stable")] == [i for i in found.order if i in group]
+        assert leader not in group or m == found.passes.max()
+
+
 def test_budgets_from_text() -> None:
     assert Budget.of(2400) == Budget.of("2400") == Budget(passes=2400)
     assert Budget.of("1.5s") == Budget(seconds=1.5)

@@ -15,7 +15,7 @@ from dsd import prompts
 from dsd.backbone import Backbone, TextStates, load_backbone
 from dsd.contracts import ImageError, ModelError, OptionError, TextError
 from dsd.scorer import Cache, Scorer, common_noise
-from dsd.scores import MIXTURE, SCORES, ScoreConfig, noised_pass
+from dsd.scores import MIXTURE, SCORES, Pass, ScoreConfig, noised_pass
 from models import PIXELS, picture
 
 Pipe = Callable[..., str]
@@ -317,6 +317,27 @@ def test_batch_is_halved_until_it_fits(
     assert all(rows <= 2 for rows in tried[3:])
 
 
+@pytest.mark.parametrize("where", ["join", "rows", "score"])
+def test_nothing_is_lost_where_memory_runs_out_after_a_pass(
+    backbone: Backbone, tables: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    scorer = Scorer(backbone, CONFIGS["paper"], batch_size=4)
+    of, name = (type(scorer.score), "parts") if where == "score" else (Pass, where)
+    honest, calls = getattr(of, name), 0
+
+    def scarce(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise ERRORS[0]
+        return honest(*given)
+
+    monkeypatch.setattr(of, name, staticmethod(scarce) if where == "join" else scarce)
+    found = scorer.predict([(i, t) for i in IMAGES for t in TEXTS])
+    assert calls > 1
+    assert np.abs(found.reshape(3, 5) - tables["paper"]).max() < 1e-5
+
+
 def test_encoding_is_halved_too(
     backbone: Backbone, tables: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +447,27 @@ def test_what_was_learned_of_words_is_not_compiled(pipe: Pipe) -> None:
     added = [getattr(backbone.denoiser, name) for name in (prompts.TOKENS, prompts.WORDS)]
     assert all(module._compiled_call_impl is None for module in added)
     assert any(module._compiled_call_impl is not None for module in backbone.denoiser.modules())
+
+
+def test_a_score_that_is_refused_changes_nothing(backbone: Backbone) -> None:
+    config = ScoreConfig("attention", (100, 500))
+    noise = np.random.default_rng(0).standard_normal((2, *backbone.latent_shape(PIXELS))).astype(np.float32)
+    scorer = Scorer(backbone, config, noise=noise)
+    before = scorer.predict([(IMAGES[0], TEXTS[0])])
+    with pytest.raises(OptionError, match="got noise of shape"):
+        scorer.use(ScoreConfig("denoising", (100, 300, 500)))
+    assert scorer.score.config == config
+    assert np.array_equal(scorer.predict([(IMAGES[0], TEXTS[0])]), before)
+
+
+def test_a_cache_is_bounded_in_bytes_too() -> None:
+    cache: Cache[str] = Cache(3, 6, len)
+    for key, value in (("a", "1"), ("b", "22"), ("c", "333")):
+        cache.put(key, value)
+    cache.put("b", "4444")  # in place of what it had
+    assert [cache.get(key) for key in "abc"] == [None, "4444", None]
+    cache.put("d", "5" * 9)  # one is always kept
+    assert [cache.get(key) for key in "bd"] == [None, "5" * 9]
 
 
 def test_layers_offloaded_one_by_one_are_not_compiled(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ class Adapter:
 
     def digest(self) -> str:
         """32 hex digits over what was learned and what it is for; of nothing that only tells how it came about."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         found = hashlib.blake2b(digest_size=16)
         where = None if self.prompts is None else self.prompts.to_dict()
         found.update(json.dumps([self.score.to_dict(), where, self.size], sort_keys=True).encode())

@@ -111,7 +111,7 @@ class ModelCheck:
 
 @torch.no_grad()
 def check_model(backbone: Backbone, *, size: int | None = None) -> ModelCheck:
-    """Looks a model through and tests it on a picture and three captions: six passes, of nine rows together.
+    """Looks a model through and tests it on a picture and three captions, in five passes.
 
     Args:
         backbone: A bare model.

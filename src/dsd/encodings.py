@@ -144,7 +144,8 @@ class Encodings:
         self._images = _digest(kind, {n: p for n, p in parts.items() if n == "vae"})
         encoders = {n: p for n, p in parts.items() if n.startswith(("text_encoder", "tokenizer")) and p is not None}
         # what a class-conditional model is told is no encoding
-        self._texts = _digest({**kind, "dtype": str(backbone.dtype)}, encoders) if encoders else None
+        told = {**kind, "dtype": str(backbone.dtype), **backbone.caption_settings}
+        self._texts = _digest(told, encoders) if encoders else None
 
     def latent(self, picture: str) -> Latents | None:
         """(c, h, w) of the picture with that content hash."""

@@ -176,7 +176,7 @@ class Result:
         except OSError as error:
             reason = error.strerror or "unreadable"
             raise ManifestError(f"{path}: got no result ({reason}), expected a file saved by evaluation") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise ManifestError(f"{path}: got another format ({reason}), expected a file saved by evaluation") from None
 
@@ -273,6 +273,8 @@ def claim(out: str | PathLike[str], dataset: str, request: Mapping[str, Any]) ->
         found = None
     except (OSError, ValueError) as error:
         raise OptionError(f"{path}: got a file that cannot be read ({error}); choose another folder") from None
+    if found is not None and not isinstance(found, dict):
+        raise OptionError(f"{path}: got no request, expected one that an evaluation wrote; choose another folder")
     if found is None and (Path(out) / RESULT).exists():
         raise OptionError(
             f"{out}: got a result whose request is unknown ({_REQUEST} is missing), expected a folder of this "
@@ -431,7 +433,7 @@ def compare(a: Result, b: Result, *, seed: int = 0, resamples: int = 2000, most:
     """Two results on the same examples, paired example by example.
 
     Args:
-        a, b: Measured on the same examples. Tags are those of ``a``.
+        a, b: Measured on the same examples. Tags are those of ``a``; values of ``b`` by tag are of its own.
         seed, resamples: Of the bootstrap.
         most: Examples to name on which they differ.
 
@@ -451,7 +453,8 @@ def compare(a: Result, b: Result, *, seed: int = 0, resamples: int = 2000, most:
             difference: Mapping[str, float] | None = None
             if name in first:
                 known = within & ~np.isnan(first[name])
-                difference = paired_difference(second[name][known], first[name][known], seed, resamples)
+                if known.any():  # another tag's examples may be what it is of
+                    difference = paired_difference(second[name][known], first[name][known], seed, resamples)
             elif name == "roc-auc":
                 difference = paired_separation(b.scores, a.scores, a.positives, seed, resamples)
             found[name] = {"a": of[0].get(name), "b": of[1].get(name), "difference": difference}

@@ -248,6 +248,8 @@ class _Drawer:
     def _errors(
         self, text: str, words: Sequence[str], spans: Sequence[Span], method: str
     ) -> Float[Tensor, "spans size size"]:
+        if not spans:  # a class-conditional model is told no words
+            return torch.zeros(0, self._scorer.size, self._scorer.size)
         whole = self._run(text)
         found = []
         for span in spans:
@@ -345,30 +347,43 @@ def leave_out(text: str, words: Sequence[str], *spans: Span) -> str:
 
 
 def replaced(text: str, words: Sequence[str], by: Mapping[Span, str]) -> str:
-    """A caption with some runs of its words replaced by others, letters and spaces elsewhere as they were.
+    """A caption with some runs of its words replaced by others, what is elsewhere as it was but for runs of spaces.
 
     A run of no words, ``(i, i)``, is a place before word ``i`` to put something in.
     """
-    pieces = _pieces(text, words)
-    found: list[str] = []
+    places = _places(text, words)
+    if places is None:  # as the tokenizer writes it
+        text = " ".join(words)
+        places = [(len(" ".join(words[:i])) + bool(i), len(" ".join(words[: i + 1]))) for i in range(len(words))]
+    found = ""
     at = 0
     for (start, stop), new in sorted(by.items()):
-        found += [*pieces[at:start], new]
-        at = stop
-    found += pieces[at:]
-    return " ".join(" ".join(found).split())
+        first = places[start][0] if start < len(places) else len(text)
+        last = places[stop - 1][1] if stop > start else first
+        found += f"{text[at:first]} {new} " if new else text[at:first]
+        at = last
+    return " ".join((found + text[at:]).split())
 
 
-def _pieces(text: str, words: Sequence[str]) -> list[str]:
-    """Each word as the caption writes it; as the tokenizer does, where it cannot be found there."""
+def _written(text: str, words: Sequence[str], span: Span) -> str:
+    """A run of words as the caption writes it."""
+    places = _places(text, words)
+    if places is None:
+        return " ".join(words[slice(*span)])
+    start, stop = span
+    return text[places[start][0] : places[stop - 1][1]] if stop > start else ""
+
+
+def _places(text: str, words: Sequence[str]) -> list[Span] | None:
+    """Where in the caption each word begins and ends; None if one cannot be found there."""
     lower = text.lower()
-    found: list[str] = []
+    found: list[Span] = []
     at = 0
     for word in words:
         place = lower.find(word.lower().strip(), at) if len(lower) == len(text) else -1
         if place < 0 or not word.strip():
-            return list(words)
-        found.append(text[place : place + len(word.strip())])
+            return None
+        found.append((place, place + len(word.strip())))
         at = place + len(word.strip())
     return found
 
@@ -402,10 +417,9 @@ def _changes(scorer: Scorer, a: Explanation, b: Explanation) -> tuple[Change, ..
         return ()
     # all captions with some of the places as in the first, the others as in the second
     subsets = [frozenset(s) for k in range(len(places) + 1) for s in itertools.combinations(range(len(places)), k)]
-    pieces = _pieces(b.text, b.words), _pieces(a.text, a.words)
     texts = {}
     for chosen in subsets:
-        by = {places[i][1]: " ".join(pieces[1][slice(*places[i][0])]) for i in chosen}
+        by = {places[i][1]: _written(a.text, a.words, places[i][0]) for i in chosen}
         texts[chosen] = replaced(b.text, b.words, by)
     # the ends are the captions themselves, as they are written
     texts[frozenset()], texts[frozenset(range(len(places)))] = b.text, a.text

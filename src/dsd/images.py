@@ -200,11 +200,18 @@ def _flat(image: Image.Image, name: str) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             got = f"whole numbers from {values.min()} to {values.max()}"
-            raise ImageError(f"{name}: got {got}, expected 8 or 16 bits a channel; rescale it to 0..255")
+            raise ImageError(f"{name}: got {got}, expected 8 or 16 bits a channel; rescale it to 0..255 as uint8")
+        if image.mode == "I" and 0 < values.max() < 256:  # by 16 bits it would be black
+            raise ImageError(
+                f"{name}: got whole numbers up to {values.max()} in a picture of 32 bits, expected 8 or 16; convert it "
+                "to uint8 (mode L)"
+            )
         # the high byte, as Pillow itself reads 16-bit colour
         return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ImageError(f"{name}: got floating-point pixels, expected 8 or 16 bits a channel; rescale it to 0..255")
+        raise ImageError(
+            f"{name}: got floating-point pixels, expected 8 or 16 bits a channel; rescale it to 0..255 as uint8"
+        )
     if image.has_transparency_data:
         colour = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")

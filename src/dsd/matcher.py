@@ -40,7 +40,7 @@ from dsd.encodings import Encodings, Folder
 from dsd.explain import compare_images, compare_texts, explain
 from dsd.explanation import ExplainConfig, Explanation, ImageDifference, TextDifference
 from dsd.learn import FitConfig
-from dsd.probe import Direction
+from dsd.probe import Direction, attends_to_text
 from dsd.prompts import PromptConfig
 from dsd.race import Budget, Standing, fewest_layers, run, telling_first
 from dsd.scorer import Scorer, image_key
@@ -192,8 +192,15 @@ class Matcher:
             "size": self._scorer.size,
             "dtype": str(self.backbone.dtype).removeprefix("torch."),
             "noise": None if self._noise is None else self._noise.hexdigest(),
-            "adapter": None if self.adapter is None else {"training": dict(self.adapter.training)},
+            "adapter": None
+            if self.adapter is None
+            else {"digest": self.adapter.digest(), "training": dict(self.adapter.training)},
         }
+
+    @property
+    def explains(self) -> bool:
+        """Whether :meth:`explain` has words to show; class-conditional models are told none."""
+        return attends_to_text(self.backbone.denoiser)
 
     @property
     def score_config(self) -> ScoreConfig:

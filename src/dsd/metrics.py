@@ -426,6 +426,8 @@ def _of_choices(scores: np.ndarray, positives: Positives, credits: np.ndarray | 
     if credits is not None and np.shape(credits) != (n_images, n_texts):
         raise ValueError(f"got credits of shape {np.shape(credits)}, expected {(n_images, n_texts)} as of the scores")
     worths = [] if credits is None else [choice.scores for choice in choices(credits, positives)]
+    if credits is not None and not worths and n_images == 1:  # all answers are right, and worth more or less
+        yield {"soft-accuracy": _worth(np.asarray(scores)[0], np.asarray(credits)[0])}
     for i, choice in enumerate(choices(scores, positives)):
         line, first = choice.scores, _first_hit(choice.scores, choice.right)
         values = {"accuracy": float(first[0])}
@@ -436,9 +438,14 @@ def _of_choices(scores: np.ndarray, positives: Positives, credits: np.ndarray | 
             values[f"{prefix}mrr"] = float((first / places).sum())
             values[f"{prefix}mean-rank"] = float((first * places).sum()) if first.any() else float(len(first))
         if worths:
-            best = ~np.isnan(line) & (line == np.max(line, initial=-np.inf, where=~np.isnan(line)))
-            values["soft-accuracy"] = float(worths[i][best].mean()) if best.any() else 0.0
+            values["soft-accuracy"] = _worth(line, worths[i])
         yield values
+
+
+def _worth(line: np.ndarray, credits: np.ndarray) -> float:
+    """The credit of the candidate with the highest score, ties broken at random."""
+    best = ~np.isnan(line) & (line == np.max(line, initial=-np.inf, where=~np.isnan(line)))
+    return float(credits[best].mean()) if best.any() else 0.0
 
 
 def _of_group(scores: np.ndarray, positives: Positives) -> dict[str, float]:

@@ -89,6 +89,11 @@ def cross_attention_layers(denoiser: nn.Module) -> dict[str, Any]:
     return found
 
 
+def attends_to_text(denoiser: nn.Module) -> bool:
+    """Whether there is attention to text; class-conditional models have none."""
+    return bool(_to_text(denoiser))
+
+
 def _to_text(denoiser: nn.Module) -> dict[str, Any]:
     """As :func:`cross_attention_layers`; nothing if there are none."""
     found = {name: module for name, module in denoiser.named_modules() if _make(module) in _MAKES}

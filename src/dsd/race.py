@@ -242,8 +242,11 @@ class Race:
         # who was dropped is below who went on
         floor = np.float32(np.inf)
         for m in sorted(set(passes.tolist()), reverse=True):
-            group = passes == m
-            scores[group] = np.minimum(scores[group], np.nextafter(floor, np.float32(-np.inf)))
+            group, below = passes == m, np.nextafter(floor, np.float32(-np.inf))
+            # all of them by as much, so that they keep their order
+            excess = max(0.0, float(scores[group].max()) - float(below)) if np.isfinite(below) else 0.0
+            lowered = (scores[group].astype(np.float64) - excess).astype(np.float32)
+            scores[group] = np.minimum(lowered, below)
             floor = scores[group].min()
         width = np.full(len(means), np.inf)
         for i, m in enumerate(passes):

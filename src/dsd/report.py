@@ -7,20 +7,19 @@ it shows is prepared here as plain values.
 from __future__ import annotations
 
 import base64
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from itertools import pairwise
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dsd.contracts import Example, ImageInput, OptionError, Ranked
-from dsd.evaluate import Metric, write_text
+from dsd.contracts import Example, ImageInput, Ranked
+from dsd.evaluate import Metric, write_bytes, write_text
 from dsd.images import load_image
 from dsd.metrics import wins
 from dsd.pictures import HEAT, overlay
@@ -180,7 +179,7 @@ def _picture(image: Image.Image) -> dict[str, Any]:
     if max(image.size) > _LARGEST:
         image = image.copy()
         image.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
+    buffer = BytesIO()
     image.save(buffer, "PNG", optimize=True)
     src = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     return {"src": src, "pixelated": max(image.size) <= _PIXELATED}
@@ -507,11 +506,6 @@ def _places(shots: Sequence[int]) -> list[float]:
 
 def _save_png(path: str | PathLike[str], picture: Image.Image) -> None:
     """Writes a PNG whole or not at all, making folders as needed."""
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.part")
-        picture.save(part, "PNG")
-        part.replace(target)
-    except OSError as error:
-        raise OptionError(f"{path}: cannot be written ({error.strerror}), expected a path to a new PNG") from None
+    data = BytesIO()
+    picture.save(data, "PNG")
+    write_bytes(path, data.getvalue())

@@ -27,13 +27,22 @@ V = TypeVar("V")
 
 _KEPT = 4096
 """Latents, and token states, that are kept."""
+_BYTES = 2**30
+"""Of token states that are kept: those of large text encoders take megabytes each."""
 
 
 class Cache(Generic[V]):
-    """The last ``size`` values by key."""
+    """The last values by key.
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    Args:
+        size: How many.
+        room: Bytes that they take at most; None: any.
+        weigh: Bytes of a value.
+    """
+
+    def __init__(self, size: int, room: int | None = None, weigh: Callable[[V], int] = lambda _: 0) -> None:
+        self._size, self._room, self._weigh = size, room, weigh
+        self._taken = 0
         self._values: OrderedDict[Hashable, V] = OrderedDict()
 
     def get(self, key: Hashable) -> V | None:
@@ -43,9 +52,14 @@ class Cache(Generic[V]):
         return None
 
     def put(self, key: Hashable, value: V) -> None:
+        if key in self._values:
+            self._taken -= self._weigh(self._values.pop(key))
         self._values[key] = value
-        while len(self._values) > self._size:
-            self._values.popitem(last=False)
+        self._taken += self._weigh(value)
+        while len(self._values) > self._size or (
+            self._room is not None and self._taken > self._room and len(self._values) > 1
+        ):
+            self._taken -= self._weigh(self._values.popitem(last=False)[1])
 
     def reserve(self, count: int) -> None:
         """Makes room for ``count`` values at least."""
@@ -100,7 +114,7 @@ class Scorer:
         shape = backbone.latent_shape(self.size)
         self.batch_size = batch_size or min(256, max(1, self.ROWS // (shape[1] * shape[2])))
         self._latents: Cache[Latents] = Cache(_KEPT)
-        self._texts: Cache[TextStates] = Cache(_KEPT)
+        self._texts: Cache[TextStates] = Cache(_KEPT, _BYTES, _bytes_of)
         self._given = noise
         self.use(config, weights)
 
@@ -111,10 +125,11 @@ class Scorer:
                 f"got noise for a score of {len(config.timesteps)} timesteps and one of {len(config.bare.timesteps)} "
                 "that is added to it, which takes noise of its own; leave the noise out"
             )
-        self.score = Score(self.backbone, config, weights)
-        self.noise = self._noise_of(config)
-        self._bare = None if config.bare is None else Score(self.backbone, config.bare)
-        self._bare_noise = None if config.bare is None else self._noise_of(config.bare)
+        score, noise = Score(self.backbone, config, weights), self._noise_of(config)
+        bare = None if config.bare is None else Score(self.backbone, config.bare)
+        bare_noise = None if config.bare is None else self._noise_of(config.bare)
+        # together, for any of them may be refused
+        self.score, self.noise, self._bare, self._bare_noise = score, noise, bare, bare_noise
 
     @property
     def noise_was_given(self) -> bool:
@@ -533,23 +548,22 @@ class Scorer:
                     over=what.over,
                     predict=what.sees_noise,
                 )
-                done += len(part)
                 under = sum(i is None for _, _, i in part)  # the empty caption, at the head
-                if under:
-                    blanks.append(made.rows(range(under)).only(what.empty_layers))
-                if under == len(part):
-                    return
-                if len(blanks) > 1:
-                    blanks[:] = [Pass.join(blanks)]
+                known = [*blanks, made.rows(range(under)).only(what.empty_layers)] if under else list(blanks)
                 rest = [(shared[image, s], i) for image, s, i in part[under:] if i is not None]
-                if under or len(filled) > len(part):
-                    made = made.rows(range(under, len(part)))
-                take(
-                    [i for _, i in rest],
-                    step[under : len(part)],
-                    made.only(what.layers),
-                    blanks[0].rows([place for place, _ in rest]) if blanks else None,
-                )
+                if rest:
+                    known = [Pass.join(known)] if len(known) > 1 else known
+                    if under or len(filled) > len(part):
+                        made = made.rows(range(under, len(part)))
+                    take(
+                        [i for _, i in rest],
+                        step[under : len(part)],
+                        made.only(what.layers),
+                        known[0].rows([place for place, _ in rest]) if known else None,
+                    )
+                # last, for if memory runs out before, the same rows are passed again
+                blanks[:] = known
+                done += len(part)
                 bar.update(len(rest))
 
             while done < len(items):
@@ -577,6 +591,11 @@ class Scorer:
                 torch.cuda.empty_cache()
 
 
+def _bytes_of(text: TextStates) -> int:
+    tensors = (value for value in vars(text).values() if isinstance(value, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def _check_texts(pairs: Sequence[Pair]) -> None:
     for _, text in pairs:
         check_text(text)
@@ -586,6 +605,8 @@ def check_text(text: str) -> None:
     """Refuses what is no caption."""
     if not isinstance(text, str) or not text.strip():
         raise TextError(f"got the caption {text!r}, expected text with at least one word")
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise TextError(f"got the caption {text!r}, expected Unicode text; it was read in another encoding")
 
 
 def image_key(image: ImageInput) -> Hashable:

@@ -194,6 +194,11 @@ class Backbone(ABC):
             TextError: If the model has no states for a caption.
         """
 
+    @property
+    def caption_settings(self) -> Mapping[str, Any]:
+        """What besides text encoders and tokenizers decides the states of a caption, plain values."""
+        return {}
+
     @abstractmethod
     def add_noise(self, latents: Latents, noise: Latents, timesteps: Int[Tensor, " n"]) -> Latents:
         """Latents at a noise level, float32.

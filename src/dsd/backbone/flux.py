@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -63,6 +64,10 @@ class FluxBackbone(LatentBackbone):
         self._t5_window = 512 if self._guided else 256
         self.image_size = int(vae.config.sample_size)  # the transformer is for any size
         self.timesteps = schedule.default_timesteps(*self.latent_shape(self.image_size)[1:])
+
+    @property
+    def caption_settings(self) -> Mapping[str, Any]:
+        return {"t5_window": self._t5_window}
 
     def _encode_text(self, text: str) -> TextStates:
         clip = clip_windows(self.tokenizer, text, self._window)

@@ -5,6 +5,7 @@ Everything that the hub can answer is answered here: the rest of the package onl
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -45,7 +46,7 @@ def resolve(model: str) -> Path | str:
     card = cards().get(model)
     if card is not None and card.hub is not None:
         return card.hub
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # Path's own raises where there is no such user
     try:
         if model and (path.is_dir() or (path.is_file() and path.suffix.lower() in SINGLE_FILES)):
             return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,10 @@ class PixArtBackbone(LatentBackbone):
         # Sigma's configuration rules them out; alpha's is silent
         self._window = 300 if config.use_additional_conditions is False else 120
         self.image_size = int(config.sample_size) * self._factor
+
+    @property
+    def caption_settings(self) -> Mapping[str, Any]:
+        return {"window": self._window}
 
     def _encode_text(self, text: str) -> TextStates:
         windows = t5_windows(self.tokenizer, text.lower().strip(), self._window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,6 +73,10 @@ class StableDiffusionXLBackbone(LatentBackbone):
         self._window = windows.pop()
         self._zeros = force_zeros_for_empty_prompt
         self.image_size = int(config.sample_size) * self._factor
+
+    @property
+    def caption_settings(self) -> Mapping[str, Any]:
+        return {"empty_is_zeros": self._zeros}
 
     def _encode_text(self, text: str) -> TextStates:
         windows = clip_windows(self.tokenizer, text, self._window)

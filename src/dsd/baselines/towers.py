@@ -5,6 +5,7 @@ Radford et al. 2021 (arXiv 2103.00020) and Zhai et al. 2023 (arXiv 2303.15343), 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from dsd.backbone.placement import pick_device
 from dsd.baselines.base import Baseline, Encoded, pictures_of
 from dsd.contracts import ModelError, Pair, TextError, batched
 
@@ -40,8 +42,9 @@ def load_parts(
     Raises:
         ModelError: If there is no such model, it is of another type, or its weights are not whole or no safetensors.
     """
+    at = pick_device(device)
     where: str = str(files("dsd.tiny").joinpath(ALIASES[model])) if model in ALIASES else model
-    folder = Path(where).expanduser()
+    folder = Path(os.path.expanduser(where))  # Path's own raises where there is no such user
     local = folder.is_dir()
     if not local and (where.count("/") != 1 or where.startswith((".", "/", "~")) or folder.exists()):
         raise ModelError(
@@ -74,14 +77,12 @@ def load_parts(
             else f"to fetch it: hf download {where}"
         )
         raise ModelError(f"{model}: cannot be loaded ({line}); {advice}") from error
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def pixels(pictures: Sequence[Any]) -> Tensor:
         made: Tensor = processor(images=list(pictures), return_tensors="pt")["pixel_values"]
         return made
 
-    return config.model_type, loaded.to(device).eval().requires_grad_(False), tokenizer, pixels
+    return config.model_type, loaded.to(at).eval().requires_grad_(False), tokenizer, pixels
 
 
 def _processor(kind: str) -> Any:

@@ -265,7 +265,9 @@ def _report(
         assert matcher is not None
         return matcher.explain(image, text, config=config)
 
-    page = failure_page(result, examples, None if matcher is None else explain, count=a.failures)
+    page = failure_page(
+        result, examples, explain if matcher is not None and matcher.explains else None, count=a.failures
+    )
     for path in paths:
         write_text(path, page)
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
+from dsd.contracts import OptionError
 from dsd.tasks.files import Row, at, items, read_csv, read_json, read_jsonl, row, rows, text
 from dsd.tasks.manifest import Where, show
 from dsd.tasks.reading import Reading
@@ -67,6 +68,8 @@ def vl_checklist(reading: Reading, limit: int) -> None:
     Args:
         limit: The first so many rows of each file; 0 for all.
     """
+    if limit < 0:
+        raise OptionError(f"got the limit {limit}, expected 0 or more rows of each file")
     (folder,) = reading.files
     paths = sorted(path for path in folder.rglob("*.json"))
     if not paths:

@@ -7,6 +7,7 @@ with their count, or, if asked for, their examples are left out and reported.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from collections import Counter, defaultdict
@@ -103,7 +104,14 @@ class Crop(PathLike[str]):
         Raises:
             ImageError: The picture cannot be read, holds nothing of the box, or the folder cannot be written to.
         """
-        path = Path(self.folder) / f"{Path(self.source).stem}-{'-'.join(map(str, self.box))}.png"
+        try:
+            state = os.stat(self.source)
+        except OSError:
+            load_image(self.source)  # says what is wrong
+            raise
+        # one that is replaced, or has the same name elsewhere, is another picture
+        of = hashlib.blake2b(f"{self.source}\n{state.st_size}\n{state.st_mtime_ns}".encode(), digest_size=6).hexdigest()
+        path = Path(self.folder) / f"{Path(self.source).stem}-{'-'.join(map(str, self.box))}-{of}.png"
         if not path.is_file():
             picture = load_image(self.source)
             left, top, right, bottom = self.box

@@ -101,7 +101,7 @@ class Service:
                     scale=scale_of(matcher),
                     adapter=getattr(matcher, "adapter", None) is not None,
                     taught=name in self.taught,
-                    explains=hasattr(matcher, "explain"),
+                    explains=getattr(matcher, "explains", hasattr(matcher, "explain")),
                     size=matcher.config.get("size"),
                     config=_plain(dict(matcher.config)),
                 )
