@@ -267,12 +267,22 @@ def test_text_can_be_read(url: str, chromium: Any, scheme: str) -> None:
 def test_a_token_is_taken_from_the_address_and_asked_for_otherwise(chromium: Any) -> None:
     with looking.served(DSD_TOKEN="a-long-secret", OMP_NUM_THREADS="1") as url:
         page = chromium.new_page()
-        page.goto(url)
+        assert "secret" not in url  # which others may read, and the browser's command too
+        page.goto(f"{url}#token=a-long-secret")
         page.wait_for_selector("body[data-ready]", timeout=30_000)
         assert "secret" not in page.url
         page.context.close()
         page = chromium.new_page()
-        page.goto(url.split("#")[0])
+        page.goto(url)
+        page.wait_for_selector("dialog[open]")
+        assert page.is_hidden("#token-wrong")
+        page.fill("#token", "another-secret")
+        page.press("#token", "Enter")
+        page.wait_for_selector("#token-wrong:not([hidden])")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#notice:not([hidden])")
+        assert "only with its token" in page.inner_text("#notice")
+        page.reload()
         page.wait_for_selector("dialog[open]")
         page.fill("#token", "a-long-secret")
         page.press("#token", "Enter")

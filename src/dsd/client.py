@@ -9,6 +9,7 @@ No torch is imported, so that a laptop, a notebook or an evaluation can use a mo
 from __future__ import annotations
 
 import base64
+import math
 import os
 import random
 import time
@@ -225,7 +226,11 @@ class Client:
             images = [sent.files[key] for key in sent.keys]
         asked = budget.passes if budget.seconds is None else f"{budget.seconds!r}s"
         found = self._post("rank", images=images, texts=texts, budget=asked)["ranking"]
-        return [Ranked(r["index"], names[r["index"]], r["score"], tuple(r["interval"]), r["passes"]) for r in found]
+        anything = (-math.inf, math.inf)
+        return [
+            Ranked(r["index"], names[r["index"]], r["score"], tuple(r["interval"] or anything), r["passes"])
+            for r in found
+        ]
 
     def probability(self, images: ImageInput | Sequence[ImageInput], texts: str | Sequence[str]) -> np.ndarray:
         """How probable each caption is among those given, for each image: (n_images, n_texts), rows sum to one.
@@ -349,7 +354,7 @@ class Client:
                     ) from None
                 time.sleep(pause)
                 continue
-            if answer.status_code in _AGAIN and not last:
+            if answer.status_code in _AGAIN and not last and _code(answer) != "timeout":  # nor would it be in time then
                 given = answer.headers.get("retry-after", "")
                 time.sleep(max(pause, min(_LONGEST, float(given)) if given.isdigit() else 0.0))
                 continue
@@ -362,6 +367,14 @@ class _Sent:
 
     def __init__(self, keys: list[str], files: dict[str, str]) -> None:
         self.keys, self.files = keys, files
+
+
+def _code(answer: Any) -> str | None:
+    """The code of an error of the server's own; None for another's."""
+    try:
+        return str(answer.json()["error"]["code"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _content(answer: Any, url: str) -> Any:

@@ -165,7 +165,7 @@ class MatcherProtocol(Protocol):
 def choice_of(query: ImageInput, candidates: Sequence[Any]) -> tuple[list[Pair], list[str]]:
     """The pairs of a choice, captions for an image or images for a caption, and a name for each candidate.
 
-    A string is an image if a file of that name exists.
+    A string is an image if a file of that name exists, and a caption wherever the candidates are images already.
 
     Raises:
         OptionError: If there are no candidates.
@@ -178,7 +178,7 @@ def choice_of(query: ImageInput, candidates: Sequence[Any]) -> tuple[list[Pair],
             f"got no image file in {query!r} nor in any candidate, expected an image to rank texts for, or images "
             "to rank for a text; check the path"
         )
-    if isinstance(query, str) and not _is_file(query):
+    if isinstance(query, str) and (any(not isinstance(c, str) for c in candidates) or not _is_file(query)):
         return [(image, query) for image in candidates], [image_name(image, i) for i, image in enumerate(candidates)]
     return [(query, text) for text in candidates], list(candidates)
 

@@ -88,7 +88,7 @@ class Matcher:
             adapter.attach(backbone)
             score = score or adapter.score
             size = adapter.size if size is None else size
-        score = score or _default_score(backbone)
+        score = score or default_score(backbone)
         # weights belong to a lesson, and are learned from the denoising score on
         self._first_score = replace(score, kind="denoising", layers=None) if score.kind == WEIGHTED else score
         if score.bare is not None:
@@ -169,7 +169,7 @@ class Matcher:
             if score != loaded.score.kind:
                 config = replace(config, kind=str(score), weights=None, layers=None)
         else:
-            config = _default_score(backbone, score or "denoising")
+            config = default_score(backbone, score or "denoising")
         if timesteps is not None:
             config = replace(config, timesteps=tuple(timesteps))
         if layers is not None:
@@ -565,7 +565,7 @@ def _unseeded(config: ScoreConfig) -> ScoreConfig:
     return replace(config, seed=0, bare=None if config.bare is None else replace(config.bare, seed=0))
 
 
-def _default_score(backbone: Backbone, kind: str = "denoising") -> ScoreConfig:
+def default_score(backbone: Backbone, kind: str = "denoising") -> ScoreConfig:
     """A score at the model's own timesteps and, if its card says so, layers."""
     card = cards().get(backbone.name)
     layers = card.layers if card is not None and kind in ("attention", "attention-mass") else None

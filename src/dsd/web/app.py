@@ -171,7 +171,7 @@ class Service:
                 candidate=names[found.index],
                 score=found.score,
                 probability=None,
-                interval=found.interval,
+                interval=None if found.interval is None or not np.isfinite(found.interval).all() else found.interval,
                 passes=found.passes,
             )
             for k, found in enumerate(await self.done(self.worker.run(name, call, size=len(candidates))))
@@ -261,7 +261,9 @@ def _add_api(app: FastAPI, service: Service) -> None:
 
     @get("models", summary="Models and adapters that requests may choose, and the limits", response_model=wire.Models)
     async def models() -> wire.Models:
-        return wire.Models(models=service.cards(), limits=service.config.limits(), version=__version__)
+        return wire.Models(
+            models=service.cards(), limits=service.config.limits(), teaches=service.config.teach, version=__version__
+        )
 
     @get("metrics", summary="What Prometheus scrapes", response_class=Response)
     async def metrics() -> Response:
@@ -318,7 +320,9 @@ def _add_api(app: FastAPI, service: Service) -> None:
         name = explaining(asked.model)
         (image,) = await service.images([asked.image], name)
         found = await service.done(
-            service.worker.run(name, lambda m: explained(m.explain(image, asked.text), asked.side))
+            service.worker.run(
+                name, lambda m: explained(m.explain(image, asked.text), asked.side), size=len(asked.text.split())
+            )
         )
         return {"model": name, **found}
 
@@ -333,7 +337,8 @@ def _add_api(app: FastAPI, service: Service) -> None:
                 return explained(matcher.compare_texts(images[0], *asked.texts), asked.side)
             return explained(matcher.compare_images(asked.texts[0], *images), asked.side)
 
-        return {"model": name, **await service.done(service.worker.run(name, call))}
+        words = sum(len(text.split()) for text in asked.texts)
+        return {"model": name, **await service.done(service.worker.run(name, call, size=words))}
 
     def explaining(asked: str | None) -> str:
         name = service.name_of(asked)

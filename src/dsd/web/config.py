@@ -27,11 +27,11 @@ class ServeConfig:
         max_pixels: Width x height of an image.
         max_images, max_texts, max_pairs: Counts in a request.
         max_caption: Characters of a caption.
-        timeout: Seconds from a request's arrival to its answer; then 503.
+        timeout: Seconds that the model may take for an answer; then 503.
         body_timeout: Seconds that a request may take to arrive; then 408.
         connections: Requests in work at once; beyond, 503.
-        queue: Pairs that wait for the model at most; beyond, 429.
-        batch: Pairs that are scored in one call at most, of however many clients.
+        queue: Pairs that wait for the model at most, a word of an explanation counting as one; beyond, 429.
+        batch: Pairs of several clients that are scored in one call at most; those of one request are one call.
         batch_wait: Seconds at most that a batch which is not full waits for those who were answered last to ask again.
         teach: Whether the playground may learn.
         max_marks: Labelled pairs of a lesson.
@@ -98,7 +98,7 @@ class ServeConfig:
     def allowed_hosts(self) -> tuple[str, ...] | None:
         """Names that requests may be for; None: any."""
         if self.hosts is not None:
-            return self.hosts
+            return tuple(host.lower() for host in self.hosts)
         return (*LOOPBACK, self.host) if self.is_local else None
 
     def limits(self) -> dict[str, int]:

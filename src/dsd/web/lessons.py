@@ -89,6 +89,17 @@ class Lessons:
         for lesson in self._lessons.values():
             lesson.stop()
 
+    def check_free(self) -> None:
+        """Refuses a lesson that could not begin.
+
+        Raises:
+            HttpError: If nothing is taught here, or another lesson goes on.
+        """
+        if not self._config.teach:
+            raise HttpError(403, "forbidden", "got a lesson, expected none: this server was started with --no-teach")
+        if any(not lesson.over for lesson in self._lessons.values()):
+            raise HttpError(429, "busy", "got a lesson during another, expected one at a time; wait or stop it")
+
     async def follow(self, lesson_id: str, after: int) -> dict[str, Any]:
         """What happened after so many events, as soon as there is something, or nothing after a while."""
         lesson = self.find(lesson_id)
@@ -115,18 +126,15 @@ class Lessons:
             marks: Labelled pairs.
             scenes: How many labelled examples of the world join them.
             method: One of :data:`METHODS`.
-            score: One of :data:`SCORES`; None is the matcher's own.
+            score: One of :data:`SCORES`; None is the matcher's own, or of an adapter ``denoising``.
             done: Waits for the worker.
 
         Raises:
             HttpError, OptionError, ManifestError: If it cannot begin.
         """
-        if not self._config.teach:
-            raise HttpError(403, "forbidden", "got a lesson, expected none: this server was started with --no-teach")
+        self.check_free()
         if method not in METHODS or score not in SCORES:
             raise OptionError(f"got method {method!r} and score {score!r}, expected one of {METHODS} and {SCORES}")
-        if any(not lesson.over for lesson in self._lessons.values()):
-            raise HttpError(429, "busy", "got a lesson during another, expected one at a time; wait or stop it")
         examples = _examples(marks, scenes, self._count)
         self._count += 1
         lesson = Lesson(token_hex(8), f"taught-{self._count}")
@@ -229,7 +237,8 @@ def _copy(shelf: Shelf, base: str, score: str | None) -> tuple[Any, Any]:
     shelf.clear(original)
     config = matcher.score_config
     if matcher.adapter is not None:
-        config = replace(matcher.adapter.score, kind=score or "denoising", weights=None, layers=None)
+        own = matcher.adapter.score
+        config = replace(own.bare or own, kind=score or "denoising", weights=None, layers=None)
     elif score is not None:
         config = replace(config, kind=score, layers=None)
     return Matcher(copy.deepcopy(original), config), original

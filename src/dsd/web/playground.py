@@ -108,7 +108,7 @@ def add_playground(app: FastAPI, service: Service) -> None:
         name = service.name_of(asked.model)
         size = service.peek(name).config.get("size") or world.IMAGE_SIZE
         try:
-            scene = sketch.stage(random.Random(asked.seed), sketch.read(asked.text))
+            scene = await to_thread.run_sync(lambda: sketch.stage(random.Random(asked.seed), sketch.read(asked.text)))
         except TextError:
             generate = getattr(service.peek(name), "generate", None)
             if generate is None:
@@ -125,6 +125,7 @@ def add_playground(app: FastAPI, service: Service) -> None:
 
     @route("post", "/playground/lessons", status_code=202)
     async def start(request: Request) -> dict[str, Any]:
+        lessons.check_free()  # before any picture is decoded
         asked = await service.read(request, LessonRequest)
         name = service.name_of(asked.model)
         if len(asked.marks) > service.config.max_marks:

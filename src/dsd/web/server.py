@@ -34,11 +34,10 @@ def listen(config: ServeConfig) -> socket.socket:
 
 
 def address(config: ServeConfig, bound: socket.socket) -> str:
-    """Where a browser finds the page; the token goes behind ``#``, which browsers send to nobody."""
+    """Where a browser finds the page, which asks for the token: commands and logs are read by others."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
-    tail = "" if config.token is None else f"#token={config.token}"
-    return f"http://{host}:{bound.getsockname()[1]}/{tail}"
+    return f"http://{host}:{bound.getsockname()[1]}/"
 
 
 def run(app: FastAPI, config: ServeConfig, bound: socket.socket, ready: Callable[[], None] | None = None) -> None:

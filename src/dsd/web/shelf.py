@@ -57,9 +57,8 @@ class Shelf:
         import torch
 
         from dsd.adapters import Adapter
-        from dsd.backbone import default_timesteps, load_backbone
-        from dsd.matcher import Matcher
-        from dsd.scores import ScoreConfig
+        from dsd.backbone import load_backbone
+        from dsd.matcher import Matcher, default_score
 
         loaded = {name: Adapter.load(folder) for name, folder in (adapters or {}).items()}
         names = list(dict.fromkeys(models)) or ["tiny"]
@@ -70,8 +69,7 @@ class Shelf:
         }
         shelf = cls()
         for name, backbone in backbones.items():
-            config = ScoreConfig(score or "denoising", default_timesteps(name))
-            shelf.add(name, Matcher(backbone, config))
+            shelf.add(name, Matcher(backbone, default_score(backbone, score or "denoising")))
         for name, adapter in loaded.items():
             backbone = backbones[bases[name]]
             shelf.clear(backbone)

@@ -194,6 +194,7 @@ class ModelCard(BaseModel):
 class Models(BaseModel):
     models: list[ModelCard]
     limits: dict[str, int]
+    teaches: bool = Field(description="Whether the playground learns from marks.")
     version: str
 
 
@@ -219,7 +220,8 @@ class Candidate(BaseModel):
     score: float = Field(description="Higher is a better match; with a budget and one image, up to a number.")
     probability: float | None
     interval: tuple[float, float] | None = Field(
-        default=None, description="With a budget: 95 % interval of what the whole score would be."
+        default=None,
+        description="With a budget: 95 % interval of what the whole score would be; null after one pass.",
     )
     passes: int | None = Field(default=None, description="With a budget: passes that were spent on it.")
 
@@ -360,7 +362,7 @@ def _too_large(got: str, limit: int, unit: str) -> HttpError:
 
 def _check_counts(request: Body, config: ServeConfig) -> None:
     images, texts = (list(getattr(request, name, ())) for name in ("images", "texts"))
-    texts += [request.text] if isinstance(request, ExplainRequest) else []
+    texts += [text] if isinstance(text := getattr(request, "text", None), str) else []
     pairs = getattr(request, "pairs", None)
     for what, count, limit in (
         ("images", len(images), config.max_images),

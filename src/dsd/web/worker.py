@@ -137,7 +137,7 @@ class Worker:
         if self._thread is not None:
             self._thread.join(timeout)  # if it takes longer, it ends with what it is at
         with self._changed:
-            left, self._jobs = list(self._jobs), deque()
+            left, self._jobs, self._waiting = list(self._jobs), deque(), 0
         for job in left:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(Stopping("got a request that was not reached before the stop; ask again"))

@@ -18,9 +18,14 @@ if (given) {
 
 async function askForToken() {
   const dialog = document.getElementById("ask");
+  document.getElementById("token-wrong").hidden = !token;
+  dialog.returnValue = "";
   dialog.showModal();
   await new Promise((resolve) => dialog.addEventListener("close", resolve, { once: true }));
-  token = document.getElementById("token").value.trim();
+  const entered = document.getElementById("token").value.trim();
+  if (dialog.returnValue !== "ok" || !entered)
+    throw new ApiError(401, "unauthorized", "This server answers only with its token. Load the page again to enter it.");
+  token = entered;
   sessionStorage.setItem("dsd-token", token);
 }
 
@@ -47,7 +52,8 @@ export async function ask(method, path, body, signal) {
       await asking;
       continue;
     }
-    if ((answer.status === 429 || answer.status === 503) && tried < 5 && method === "POST" && path.startsWith("/v1/")) {
+    const again = method === "GET" || path.startsWith("/v1/"); // what changes nothing on the server
+    if ((answer.status === 429 || answer.status === 503) && tried < 5 && again && !(await late(answer))) {
       const wait = Number(answer.headers.get("Retry-After")) || 1;
       await new Promise((resolve) => setTimeout(resolve, 1000 * wait));
       continue;
@@ -59,6 +65,15 @@ export async function ask(method, path, body, signal) {
     }
     if (!answer.ok) throw new ApiError(answer.status, "fault", `The server answered ${answer.status}.`);
     return answer.blob();
+  }
+}
+
+// A request that took too long would do so again.
+async function late(answer) {
+  try {
+    return (await answer.clone().json()).error.code === "timeout";
+  } catch {
+    return false;
   }
 }
 

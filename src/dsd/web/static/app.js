@@ -11,11 +11,12 @@ export const state = {
   source: null, // what was dropped, drawn or chosen: { file } or { image }
   view: null, // what is shown
   image: null, // what the model sees: a PNG as a data URL, at its size
+  number: 0, // of the picture, for what is known of it
   scores: new Map(), // model, image and caption => { score }
   chosen: null, // the caption whose words are shown
 };
 
-const key = (text, model = state.model) => JSON.stringify([model, state.image, text]);
+const key = (text, model = state.model) => JSON.stringify([model, state.number, text]);
 export const card = (name = state.model) => state.models.find((m) => m.name === name);
 export const captions = () => [...new Set($("texts").value.split("\n").map((line) => line.trim()).filter(Boolean))];
 
@@ -34,6 +35,7 @@ function clearNotice() {
 export async function loadModels(choose) {
   const found = await get("/v1/models");
   state.models = found.models;
+  $("teach").hidden = !found.teaches;
   const wanted = choose ?? state.model;
   state.model = card(wanted) ? wanted : state.models.find((m) => m.default).name;
   $("model").replaceChildren(...state.models.map((m) => make("option", { value: m.name, selected: m.name === state.model }, m.name)));
@@ -64,8 +66,10 @@ async function changeModel(name) {
 
 // Pictures
 
+let seeing = 0;
 export async function see(source, announce = true) {
   clearNotice();
+  const mine = ++seeing; // an answer that comes late is of no use once another picture is asked for
   try {
     let image = source.image;
     if (source.file) {
@@ -76,10 +80,13 @@ export async function see(source, announce = true) {
     } else {
       image = (await post("/playground/pictures", { image, model: state.model })).image;
     }
+    if (mine !== seeing) return;
     state.source = source;
     state.image = image;
+    state.number = mine;
   } catch (error) {
-    return fail(error);
+    if (mine === seeing) fail(error);
+    return;
   }
   if (state.view?.startsWith("blob:")) URL.revokeObjectURL(state.view);
   state.view = source.file ? URL.createObjectURL(source.file) : (source.view ?? state.image);
@@ -158,12 +165,13 @@ async function rank() {
   if (missing.length) {
     pending = new AbortController();
     const signal = pending.signal;
-    const [image, model] = [state.image, state.model];
+    const names = missing.map((text) => key(text));
     try {
-      const found = await post("/v1/score", { images: [image], texts: missing, model }, signal);
-      missing.forEach((text, i) => state.scores.set(JSON.stringify([model, image, text]), found.scores[0][i]));
+      const found = await post("/v1/score", { images: [state.image], texts: missing, model: state.model }, signal);
+      names.forEach((name, i) => state.scores.set(name, found.scores[0][i]));
       clearNotice();
     } catch (error) {
+      if (error.name !== "AbortError") show([]); // not what was said of another picture
       return fail(error);
     }
     if (signal.aborted) return;
@@ -200,7 +208,7 @@ function show(rows) {
         );
       const item = make(
         "li",
-        { class: row.text === state.chosen ? "on" : null, "data-text": row.text },
+        { class: row.text === state.chosen ? "on" : null, "aria-current": row.text === state.chosen ? "true" : null, "data-text": row.text },
         make("button", { type: "button", class: "say", title: "Show its words", onclick: () => explain(row.text) }, row.text),
         make("div", { class: "marking", role: "group", "aria-label": "Is it right?" }, button(true), button(false)),
         make("div", { class: "bar", "aria-hidden": "true" }, bar),
@@ -221,14 +229,18 @@ let explaining = null;
 const explained = new Map();
 async function explain(text) {
   state.chosen = text;
-  for (const item of $("ranking").children) item.classList.toggle("on", item.dataset.text === text);
+  for (const item of $("ranking").children) {
+    item.classList.toggle("on", item.dataset.text === text);
+    if (item.dataset.text === text) item.setAttribute("aria-current", "true");
+    else item.removeAttribute("aria-current");
+  }
   explaining?.abort();
   if (!card().explains) return;
   explaining = new AbortController();
   const signal = explaining.signal;
+  const name = key(text);
   try {
-    if (!explained.has(key(text))) {
-      const name = key(text);
+    if (!explained.has(name)) {
       $("words-about").textContent = "Looking for the words…";
       explained.set(name, await post("/v1/explain", { image: state.image, text, model: state.model }, signal));
     }
@@ -236,7 +248,7 @@ async function explain(text) {
     return fail(error);
   }
   if (signal.aborted) return;
-  const found = explained.get(key(text));
+  const found = explained.get(name);
   const gains = (found.by_word ?? []).map((v) => Math.max(0, v ?? 0));
   const most = Math.max(1e-9, ...gains);
   const heat = $("heat");

@@ -92,7 +92,7 @@ export async function compareModels() {
       {},
       make("th", { scope: "row" }, text),
       ...columns.map((column, k) =>
-        make("td", { class: best[k] === i ? "best" : null }, `${card(names[k]).calibrated ? "" : "≈ "}${percent(column.shares[i])} (${signedNumber(column.scores[i])})`),
+        make("td", { class: best[k] === i ? "best" : null }, `${best[k] === i ? "✓ " : ""}${card(names[k]).calibrated ? "" : "≈ "}${percent(column.shares[i])} (${signedNumber(column.scores[i])})`),
       ),
     );
   const head = make("tr", {}, make("th", { scope: "col" }, "Caption"), ...names.map((name) => make("th", { scope: "col" }, name)));

@@ -83,8 +83,17 @@ async function learn() {
 
 async function follow() {
   let after = 0;
+  let failures = 0;
   while (!lesson.over) {
-    const news = await get(`/playground/lessons/${lesson.id}?after=${after}`);
+    let news;
+    try {
+      news = await get(`/playground/lessons/${lesson.id}?after=${after}`);
+      failures = 0;
+    } catch (error) {
+      if (error.code !== "gone" || ++failures > 5) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 1000)); // it learns on, whether it can be asked or not
+      continue;
+    }
     after += news.events.length;
     lesson.over = news.over && !news.events.length;
     for (const event of news.events) await take(event);
@@ -93,12 +102,14 @@ async function follow() {
 }
 
 async function take(event) {
-  if (event.event === "start") Object.assign(lesson, { runs: event.runs, steps: event.steps, examples: event.examples });
+  if (event.event === "start") {
+    Object.assign(lesson, { runs: event.runs, steps: event.steps, examples: event.examples });
+    $("lesson").textContent = `Learning from ${event.examples} examples…`; // how far it is, the bar says
+  }
   if (event.event === "step") {
     lesson.losses.push([(event.run - 1) * lesson.steps + event.step, event.loss]);
     const done = ((event.run - 1) * lesson.steps + event.step) / (lesson.runs * lesson.steps);
     $("progress").value = Math.min(1, done);
-    $("lesson").textContent = `Learning from ${lesson.examples} examples: ${Math.round(100 * done)} %`;
   }
   if (event.event === "failed") throw new Error(event.message);
   if (event.event === "stopped") $("lesson").textContent = "Stopped.";
