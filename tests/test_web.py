@@ -40,10 +40,10 @@ from dsd.evaluate import evaluate
 from dsd.matcher import Matcher
 from dsd.race import Budget
 from dsd.scores import ScoreConfig
-from dsd.web import ServeConfig, Shelf, create_app
+from dsd.web import ServeConfig, Shelf, create_app, lessons
 from dsd.web.server import listen
 from dsd.web.worker import Busy, Stopping, Worker, _Batch
-from models import picture, save_adapter, toy
+from models import picture, pipeline, save_adapter, toy
 
 sys.path.insert(0, str(Path(__file__).parent / "browser"))
 import looking
@@ -154,6 +154,22 @@ def test_a_budget_holds_on_the_server_as_it_does_here(remote: Client, local: Mat
         remote.rank(picture(0), captions, budget=Budget(passes=40, error=0.2))
     with pytest.raises(OptionError, match="expected at most"):
         remote.rank(picture(0), captions, budget="3000s")
+
+
+def test_one_pass_each_tells_no_interval(http: TestClient, remote: Client, local: Matcher) -> None:
+    captions = [*CAPTIONS, "a dog"]
+    theirs = remote.rank(picture(0), captions, budget=len(captions))
+    assert [r.interval for r in theirs] == [r.interval for r in local.rank(picture(0), captions, budget=len(captions))]
+    body = {"images": [IMAGE], "texts": captions, "budget": len(captions)}
+    assert [r["interval"] for r in http.post("/v1/rank", json=body).json()["ranking"]] == [None] * 4
+
+
+def test_a_caption_that_names_a_file_is_a_caption(http: TestClient) -> None:
+    """A server opens no path that it was sent."""
+    body = {"images": [IMAGE, png(picture(1))], "texts": [__file__], "budget": 100}
+    answer = http.post("/v1/rank", json=body)
+    assert answer.status_code == 200, answer.text
+    assert len(answer.json()["ranking"]) == 2
 
 
 def test_an_evaluation_moves_to_a_server_by_one_line(remote: Client, local: Matcher) -> None:
@@ -325,6 +341,17 @@ def test_bodies_are_limited_in_size_and_time(local: Matcher) -> None:
 
         answer = http.post("/v1/score", content=parts(), headers={"content-type": "application/json"})
         assert answer.status_code == 413
+
+
+def test_an_origin_that_is_none_is_another_sites(http: TestClient) -> None:
+    for origin in ("http://[", "null", "http://elsewhere", "://"):
+        answer = http.get("/v1/models", headers={"origin": origin})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "forbidden")
+    assert http.get("/v1/models", headers={"origin": URL}).status_code == 200
+
+
+def test_names_of_hosts_are_the_same_in_capitals() -> None:
+    assert ServeConfig(hosts=("Example.org",)).allowed_hosts == ("example.org",)
 
 
 def test_a_token_is_asked_for(local: Matcher) -> None:
@@ -530,6 +557,15 @@ def test_a_busy_server_answers_429_and_the_client_asks_again() -> None:
         assert again.result(10).tolist() == [4]
 
 
+def test_what_takes_too_long_is_not_asked_again() -> None:
+    gate = Gate()
+    with TestClient(create_app(gate, ServeConfig(timeout=0.2)), base_url=URL) as http:
+        with pytest.raises(ServiceError, match=r"within 0\.2 s"):
+            Client(URL, transport=http._transport).predict([(picture(0), "cat")])
+        gate.open.set()
+    assert gate.batches == [1]
+
+
 def test_what_takes_too_long_is_503() -> None:
     gate = Gate()
     with TestClient(create_app(gate, ServeConfig(timeout=0.1)), base_url=URL) as http:
@@ -642,6 +678,24 @@ def test_a_lesson_gives_a_model_and_an_adapter(http: TestClient, tmp_path: Path)
     image = toy(2)[0].images[0]
     theirs = Client(URL, model=last["name"], transport=http._transport).predict([(image, "a red square")])
     np.testing.assert_allclose(theirs, again.predict([(image, "a red square")]), atol=1e-5)
+
+
+def test_a_lesson_starts_from_the_score_that_was_asked_for(folder: str, tmp_path: Path) -> None:
+    """On a model whose adapter adds the denoising score to attention."""
+    score = ScoreConfig("attention", (50,), bare=ScoreConfig("denoising", (50, 450)), bare_weight=2.0)
+    adapter = save_adapter(tmp_path / "mixed", folder, score=score)
+    shelf = Shelf.load([folder], {"mixed": str(adapter)})
+    assert lessons._copy(shelf, "mixed", "attention")[0].score_config == ScoreConfig("attention", (50, 450))
+    assert lessons._copy(shelf, "mixed", None)[0].score_config == ScoreConfig("denoising", (50, 450))
+
+
+def test_a_shelf_scores_as_the_matcher_does(tmp_path: Path) -> None:
+    """At timesteps of the model's family."""
+    pipeline("sd3").save_pretrained(tmp_path / "flow")
+    name = str(tmp_path / "flow")
+    own = Matcher.from_pretrained(name, score="attention").score_config
+    assert Shelf.load([name], score="attention").peek(name).score_config == own
+    assert own.timesteps != ScoreConfig("attention").timesteps
 
 
 def test_lessons_are_refused_in_words(http: TestClient, local: Matcher) -> None:
