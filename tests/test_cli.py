@@ -12,7 +12,6 @@ import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
@@ -848,13 +847,51 @@ def test_bad_options_of_learning(dsd: Command, lesson: Path, tmp_path: Path, opt
     assert "expected" in dsd.refused("fit", lesson, "--out", tmp_path / "adapter", *options)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--method", "weights", "--mix", "attention", "--rank", "2"), "got --mix, --rank with --method weights"),
+        (("--method", "weights", "--objective", "hinge"), "got --objective with --method weights"),
+        (("--margin", "0.2"), "got --margin with --objective softmax"),
+        (("--objective", "hinge", "--temperature", "2"), "got --temperature with --objective hinge"),
+        (("--tokens", "4"), "got --tokens with --method prompt"),
+        (("--draws", "4"), "got --draws with --method prompt"),
+        (("--val", "LESSON", "--hold-out", "0.2"), "got --hold-out with --val"),
+        (("--val", "LESSON", "--folds", "2"), "got --folds with --val"),
+    ],
+)
+def test_options_of_learning_that_would_be_idle(
+    dsd: Command, lesson: Path, tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    given = [str(lesson) if option == "LESSON" else option for option in options]
+    assert said in dsd.refused("fit", lesson, "--out", tmp_path / "adapter", *given)
+
+
+def test_options_that_would_be_idle(dsd: Command, lesson: Path, tmp_path: Path) -> None:
+    for given, said in (
+        (("--start", "tiny-captions"), "got --start without --shots"),
+        (("--method", "weights"), "got --method without --shots"),
+        (("--gradient-checkpointing",), "got --gradient-checkpointing without --shots"),
+        (("--count", "5", "--novel"), "got --count, --novel with"),
+        (("--split", "val"), "got --split with the manifest"),
+    ):
+        assert said in dsd.refused("eval", lesson, *given)
+    more = ("--held-out", lesson, "--out", tmp_path / "curve")
+    assert "got --level with" in dsd.refused("curve", lesson, *more, "--level", "easy")
+    (tmp_path / "a.png").write_bytes(b"")
+    assert "got --keep 3, expected --first-stage" in dsd.refused(
+        "rank", tmp_path / "a.png", "--text", "a", "--text", "b", "--keep", "3"
+    )
+
+
 def test_learning_words(dsd: Command, lesson: Path, tmp_path: Path) -> None:
     how = ("--max-steps", "2", "--timesteps", "300", "--score", "attention", "--model", dsd.model)
     start, out = save_adapter(tmp_path / "start", dsd.model), tmp_path / "adapter"
     options = ("--method", "prompt+words", "--words", "Cat, dog", "--learning-rate", "1e-9")
     status, _, err = dsd("fit", lesson, "--out", out, *how, *options, "--start", start)
     assert (status, err) == (0, "")
-    assert Adapter.load(out).prompts == replace(Adapter.load(start).prompts, words=("cat", "dog"))
+    assert Adapter.load(out).training["config"]["method"] == "prompt+words"
+    assert Adapter.load(out).prompts == Adapter.load(start).prompts  # for nothing was learned
     again = ("fit", lesson, "--out", tmp_path / "other", *how)
     assert "got mauve to learn, which no caption has" in dsd.refused(*again, "--method", "words", "--words", "mauve")
     assert "got method 'prompt' and cat to learn" in dsd.refused(*again, "--words", "cat")

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from dsd.cli.options import LEVELS, WORLD_TASKS, Commands, integers, world_options
+from dsd.cli.options import LEVELS, WORLD_TASKS, Commands, integers, settle_world, world_options
 from dsd.cli.printing import print_json, print_table, say, watched
 from dsd.contracts import OptionError
 
@@ -51,6 +51,7 @@ def add(commands: Commands) -> None:
 def _world(a: argparse.Namespace) -> None:
     from dsd.tasks import world_task, write_manifest
 
+    settle_world(a, True)
     examples = world_task(a.task, a.split, a.level, a.count, a.seed, a.novel)
     say(str(write_manifest(examples, a.out)))
 

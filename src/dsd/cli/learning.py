@@ -16,6 +16,7 @@ from dsd.cli.options import (
     lesson_of,
     matcher_of,
     model_options,
+    settle_world,
     world_options,
 )
 from dsd.cli.printing import print_json, print_table, say, watched
@@ -107,6 +108,10 @@ def _fit(a: argparse.Namespace) -> None:
     validation = None if a.val is None else read_manifest(a.val)
     out = check_out(a.out)  # not after hours of learning
     config, prompt = lesson_of(a)
+    if validation is not None and (a.hold_out or (a.folds and "weights" not in config.pieces)):
+        raise OptionError(
+            f"got --{'hold-out' if a.hold_out else 'folds'} with --val, which says what is held out; leave one out"
+        )
     accelerator = accelerator_of(a)
     leads = accelerator is None or accelerator.is_main_process
     matcher = matcher_of(a)
@@ -167,7 +172,9 @@ def _curve(a: argparse.Namespace) -> None:
     from dsd.report import format_interval
     from dsd.tasks import read_manifest
 
-    if a.manifest in WORLD_TASKS and not os.path.exists(a.manifest):
+    of_world = a.manifest in WORLD_TASKS and not os.path.exists(a.manifest)
+    settle_world(a, of_world)
+    if of_world:
         if a.held_out is not None:
             raise OptionError(
                 f"got --held-out with the world's {a.manifest}, expected a manifest to draw from; the world draws its "

@@ -15,11 +15,13 @@ from dsd.cli.options import (
     WORLD_TASKS,
     Commands,
     given_of,
+    learning_given,
     learning_options,
     lesson_of,
     matcher_of,
     model_options,
     refuse_idle,
+    settle_world,
     world_options,
 )
 from dsd.cli.printing import print_json, print_table, say, watched
@@ -279,7 +281,10 @@ def _examples(a: argparse.Namespace) -> tuple[list[Example], list[np.ndarray | N
 
     credit: dict[str, np.ndarray | None] = {}
     source: dict[str, Any]
+    settle_world(a, a.manifest in WORLD_TASKS and a.data is None and not os.path.isfile(a.manifest))
     if os.path.isfile(a.manifest) or a.manifest not in (*WORLD_TASKS, *BENCHMARKS):
+        if a.split is not None:
+            raise OptionError(f"got --split with the manifest {a.manifest}, which has none; leave it out")
         examples = read_manifest(a.manifest, root=a.data)
         source = {"manifest": os.path.basename(a.manifest)}
     elif a.data is not None and a.manifest in BENCHMARKS:
@@ -312,8 +317,12 @@ def _few_shot(a: argparse.Namespace, examples: Sequence[Example]) -> Lesson | No
     from dsd.trial import Lesson
 
     if a.shots is None:
-        if a.train is not None:
-            raise OptionError("got --train without --shots, expected how many examples to learn from")
+        given = [name for name in ("train", *learning_given(a)) if name != "train" or a.train is not None]
+        if given:
+            raise OptionError(
+                f"got --{given[0].replace('_', '-')} without --shots, expected both (how many examples to learn "
+                "from) or neither"
+            )
         return None
     if a.adapter is not None:
         raise OptionError("got --shots with --adapter, expected one of them: learn now, or use what was learned")

@@ -27,7 +27,9 @@ def add(commands: Commands) -> None:
     check.set_defaults(run=_check, command="models check")
     check.add_argument("model", metavar="M", help="alias, hub name, folder or single file")
     check.add_argument("--size", type=int, metavar="PX", help="pixels a side (default: the model's own)")
-    check.add_argument("--format", choices=("text", "json"), default="text", help="how results are printed")
+    check.add_argument(
+        "--format", choices=("text", "json"), default=argparse.SUPPRESS, help="how results are printed"
+    )  # that before the action holds
     loading_options(check)
 
 

@@ -25,6 +25,10 @@ OFFLOADS = ("model", "sequential")
 QUANTIZATIONS = ("8bit", "4bit")
 
 
+WORLD: dict[str, Any] = {"level": "standard", "count": 300}
+"""Which of the world's examples there are where nothing else is said."""
+
+
 class Commands:
     """The commands of a parser, to add to."""
 
@@ -199,10 +203,30 @@ def world_options(command: argparse.ArgumentParser, split: bool = True, benchmar
         group.add_argument("--split", metavar="S", help=f"default: {default}")
     elif split:
         group.add_argument("--split", choices=SPLITS, default="test", help="default: %(default)s")
-    group.add_argument("--level", choices=LEVELS, default="standard", help="default: %(default)s")
+    group.add_argument("--level", choices=LEVELS, help=f"default: {WORLD['level']}")
     what = "examples" if split else "held-out examples"
-    group.add_argument("--count", type=int, default=300, metavar="N", help=f"{what} (default: %(default)s)")
+    group.add_argument("--count", type=int, metavar="N", help=f"{what} (default: {WORLD['count']})")
     group.add_argument("--novel", action="store_true", help="ask about the words that pretraining never saw")
+
+
+def settle_world(a: argparse.Namespace, asked: bool) -> None:
+    """Fills in what was not said of the world's examples.
+
+    Args:
+        asked: Whether these are asked for.
+
+    Raises:
+        OptionError: If something was said of them, and they are not.
+    """
+    given = [name for name in ("level", "count", "novel") if getattr(a, name)]
+    if given and not asked:
+        raise OptionError(
+            f"got {_flags(given)} with {a.manifest}, expected that with a task of the world alone "
+            f"({', '.join(WORLD_TASKS)}); leave it out"
+        )
+    for name, value in WORLD.items():
+        if getattr(a, name) is None:
+            setattr(a, name, value)
 
 
 def integers(text: str) -> tuple[int, ...]:
@@ -316,6 +340,10 @@ def given_of(a: argparse.Namespace) -> dict[str, Any]:
     return {field: value for field, value in given.items() if value is not None}
 
 
+_PLACING = ("rank", "prompt_scale", "projections", "attention", "prompt_layers", "tokens")
+"""Options that say where prompts go."""
+
+
 def refuse_idle(a: argparse.Namespace, heeded: Iterable[str], method: str) -> None:
     """Refuses options of learning that a method does not heed.
 
@@ -323,9 +351,37 @@ def refuse_idle(a: argparse.Namespace, heeded: Iterable[str], method: str) -> No
         OptionError: If some were given.
     """
     known = {"seed", *heeded}
-    idle = [f"--{n.replace('_', '-')}" for n, f in LEARNING.items() if getattr(a, n) is not None and f not in known]
+    idle = [n for n in learning_given(a) if n != "method" and LEARNING.get(n, n) not in known]
     if idle:
-        raise OptionError(f"got {', '.join(idle)} with {method}, which has no use for that; leave it out")
+        raise OptionError(f"got {_flags(idle)} with {method}, which has no use for that; leave it out")
+
+
+def learning_given(a: argparse.Namespace) -> list[str]:
+    """Options of learning that differ from what they are by default, by their names here."""
+    usual = {"method": "prompt", "objective": "softmax", "gradient_checkpointing": False}
+    names = (*usual, "mix", "start", "words", *_PLACING, *(name for name in LEARNING if name != "seed"))
+    return [name for name in names if getattr(a, name) != usual.get(name)]
+
+
+def _flags(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
+
+
+def _refuse_unheeded(a: argparse.Namespace) -> None:
+    """Refuses options that others make of no use.
+
+    Raises:
+        OptionError: If some were given.
+    """
+    pieces = a.method.split("+")
+    for name, heeded, where in (
+        ("margin", a.objective == "hinge", "--objective softmax"),
+        ("temperature", a.objective == "softmax", "--objective hinge"),
+        ("tokens", "tokens" in pieces, f"--method {a.method}"),
+        ("draws", "weights" in pieces, f"--method {a.method}"),
+    ):
+        if getattr(a, name) is not None and not heeded:
+            raise OptionError(f"got --{name} with {where}, which has no use for that; leave it out")
 
 
 def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig | None]:
@@ -338,7 +394,8 @@ def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig | None]:
     from dsd.prompts import PromptConfig
 
     if a.method == "weights":
-        refuse_idle(a, HEEDED_BY_WEIGHTS, "--method weights")
+        refuse_idle(a, (*HEEDED_BY_WEIGHTS, "start", "words"), "--method weights")  # of these two it is said why
+    _refuse_unheeded(a)
     mix = None if a.mix is None else () if a.mix == "none" else tuple(a.mix.split(","))
     config = FitConfig(
         method=a.method,
@@ -347,14 +404,13 @@ def lesson_of(a: argparse.Namespace) -> tuple[FitConfig, PromptConfig | None]:
         gradient_checkpointing=a.gradient_checkpointing,
         **given_of(a),
     )
-    placing = ("rank", "prompt_scale", "projections", "attention", "prompt_layers", "tokens")
     where: dict[str, Any] = {n: v for n in ("rank", "tokens") if (v := getattr(a, n)) is not None}
     if a.words is not None:
         where["words"] = tuple(word.strip().lower() for word in a.words.split(","))
     if a.start is not None:
-        idle = [f"--{n.replace('_', '-')}" for n in placing if getattr(a, n) is not None]
+        idle = [name for name in _PLACING if getattr(a, name) is not None]
         if idle:
-            raise OptionError(f"got {', '.join(idle)} with --start, whose prompts are as they are; leave it out")
+            raise OptionError(f"got {_flags(idle)} with --start, whose prompts are as they are; leave it out")
         return config, PromptConfig(**where) if where else None
     if a.prompt_scale is not None:
         where["scale"] = a.prompt_scale

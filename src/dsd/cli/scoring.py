@@ -43,7 +43,7 @@ def add(commands: Commands) -> None:
     )
     few.add_argument("--first-stage", metavar="B", help="a baseline that sees all candidates first, such as clip")
     few.add_argument("--first-model", metavar="M", help="its model (default: its own)")
-    few.add_argument("--keep", type=int, default=100, metavar="N", help="how many go on from it (default: %(default)s)")
+    few.add_argument("--keep", type=int, metavar="N", help="how many go on from it (default: 100)")
 
     explain = commands.add(
         "explain",
@@ -99,9 +99,12 @@ def _rank(a: argparse.Namespace) -> None:
         first = baseline(a.first_stage, **({} if a.first_model is None else {"model": a.first_model}))
     elif a.first_model is not None:
         raise OptionError(f"got --first-model {a.first_model}, expected --first-stage too")
+    elif a.keep is not None:
+        raise OptionError(f"got --keep {a.keep}, expected --first-stage too")
+    keep = 100 if a.keep is None else a.keep
     matcher = matcher_of(a)
     query, candidates = (Path(a.images[0]), texts) if what == "text" else (texts[0], [Path(i) for i in a.images])
-    ranking = matcher.rank(query, candidates, budget=budget, first_stage=first, keep=a.keep, progress=watched())
+    ranking = matcher.rank(query, candidates, budget=budget, first_stage=first, keep=keep, progress=watched())
     if a.format == "json":
         rows = [
             {"rank": k + 1, "index": r.index, what: r.candidate, "score": r.score, **_spent(r)}
@@ -109,7 +112,7 @@ def _rank(a: argparse.Namespace) -> None:
         ]
         told = {} if budget is None else {"budget": budget.to_dict()}
         if first is not None:
-            told["first_stage"] = {"keep": a.keep, **first.config}
+            told["first_stage"] = {"keep": keep, **first.config}
         print_json({"ranking": rows, **matcher.config, **told})
         return
     if len(ranking) < len(candidates):
