@@ -114,7 +114,8 @@ class Encoded:
 
     def __init__(self, encode: Callable[[list[Any]], Tensor], batch: int) -> None:
         self._encode, self._batch = encode, batch
-        self._cache: Cache[Tensor] = Cache(8192)
+        # large vision towers have states of megabytes a picture
+        self._cache: Cache[Tensor] = Cache(8192, 2**30, lambda value: value.numel() * value.element_size())
 
     @torch.no_grad()
     def __call__(self, items: Mapping[str, Any]) -> dict[str, Tensor]:
