@@ -116,9 +116,9 @@ def page(rows: Sequence[dict[str, Any]], command: str) -> str:
 Choices of two that hinge on one word, level `{LEVEL}`, {COUNT} test examples each, one draw; chance is 0.5; 95 %
 intervals. `named` are words that pretraining saw, which nothing was taught here; of fills, choices between captions
 alone. `novel` are "{world.NOVEL_RELATION}" and "{world.NOVEL_FILL}", each taught from {SHOTS} examples of its own,
-attention alone: `prompt` learns on from `{CAPTIONS}`, with captions and pictures of others and swapped captions as further
-negatives, and `prompt and the word` (`--method prompt+words`) what the word means besides, without these, which hinder it.
-Made by `{command}`;
+attention alone: `prompt` learns on from `{CAPTIONS}`, with captions and pictures of others and swapped captions as
+further negatives, and `prompt and the word` (`--method prompt+words`) what the word means besides, without these, which
+hinder it. Made by `{command}`;
 choices between captions and between pictures apart are in the JSON file beside this page.
 
 {table(shown, columns)}
