@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import torch
 
-from dsd import adapt
+from dsd import weighing
 from dsd.evaluate import installed_versions, write_text
 from dsd.matcher import Matcher
 from dsd.report import table
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, nargs="+", default=[256])
     o = parser.parse_args()
     torch.set_num_threads(1)
-    fit_weights = adapt.fit_weights
+    fit_weights = weighing.fit_weights
     matcher = Matcher.from_pretrained("tiny", score="denoising", timesteps=FEW)
     matcher.score([world_task("comvg", "val", "standard", 1, 0)[0].images[0]], ["a star"])  # warm
     rows = []
@@ -47,7 +47,7 @@ def main() -> None:
                 spent.append((time.perf_counter() - start, features.shape))
                 return found
 
-            with patch.object(adapt, "fit_weights", timed):
+            with patch.object(weighing, "fit_weights", timed):
                 start = time.perf_counter()
                 matcher.fit(few, config=LESSONS["dsd weights"].config)
                 whole = time.perf_counter() - start

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsd import adapt, learn
+from dsd import gradient, learn
 from dsd.jury import Judged, Jury
 from dsd.learn import Team
 from dsd.scorer import Scorer
@@ -26,6 +26,6 @@ def looks_as(patch: pytest.MonkeyPatch, value: Callable[[Scorer], float]) -> Non
         return Judged(np.ones(count), scores[0] + 0.01 * np.arange(count), 1 + scores[0])
 
     patch.setattr(Jury, "loss", lambda _self, scores: float(scores[0]))
-    for module in (adapt, learn):
+    for module in (gradient, learn):
         patch.setattr(module, "held_out_scores", scores)
     patch.setattr(Jury, "judge", judge)

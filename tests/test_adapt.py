@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dsd import adapt, learn, prompts
-from dsd.adapt import fit, turns_of
+from dsd import learn, prompts, weighing
+from dsd.adapt import fit
 from dsd.adapters import Adapter, fingerprint, same_base
 from dsd.backbone import Backbone, TextStates, load_backbone
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
@@ -286,7 +286,7 @@ def test_what_was_started_from_stays_whatever_the_bare_model_can_do(
     pipe: Pipe, taught: tuple[Scorer, Adapter], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights that are kept on top of prompts that nothing was learned for are something learned."""
-    monkeypatch.setattr(adapt, "better", lambda *_: True)
+    monkeypatch.setattr(weighing, "better", lambda *_: True)
     given: dict[str, Any] = {"config": replace(QUICK, method="prompt+weights", learning_rate=1e-12)}
     start = replace(taught[1], state={n: -v if "lora_B" in n else v for n, v in taught[1].state.items()})  # does harm
     adapter = fit(scorer(pipe), toy(12, 4), toy(8, 1), start=start, **given)
@@ -336,9 +336,7 @@ def test_a_start_that_has_words(
 
 def test_words_that_only_held_out_examples_have_are_refused(pipe: Pipe) -> None:
     rare = [replace(e, texts=("a red oblong", "a blue oblong")) if i == 3 else e for i, e in enumerate(toy(4))]
-    seeds = [
-        s for s in range(9) if rare[3] not in turns_of(rare, None, replace(QUICK, validation=0.5, seed=s))[0].examples
-    ]
+    seeds = [s for s in range(9) if rare[3] not in replace(QUICK, validation=0.5, seed=s).turns(rare, None)[0].examples]
     config = replace(QUICK, method="words", validation=0.5, seed=seeds[0])
     with pytest.raises(OptionError, match="got oblong to learn, which no caption has"):
         fit(scorer(pipe), rare, config=config, prompt=PromptConfig(words=("oblong",)))

@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dsd import adapt, prompts
-from dsd.adapt import fit, turns_of
+from dsd import adapt, prompts, weighing
+from dsd.adapt import fit
 from dsd.adapters import Adapter, fingerprint
 from dsd.backbone import TextStates, load_backbone
 from dsd.contracts import AdapterError, Example, ModelError, OptionError
@@ -63,7 +63,7 @@ def gap(a: Adapter, b: Adapter) -> float:
 
 def test_examples_are_held_out_by_turns() -> None:
     examples = toy(10)
-    turns = turns_of(examples, None, QUICK)
+    turns = QUICK.turns(examples, None)
     assert len(turns) == 3
     assert sorted(e.id for t in turns for e in t.held_out) == sorted(e.id for e in examples)
     for turn in turns:
@@ -71,9 +71,9 @@ def test_examples_are_held_out_by_turns() -> None:
 
 
 def test_examples_are_held_out_once_if_asked() -> None:
-    (turn,) = turns_of(toy(8), None, replace(QUICK, validation=0.25))
+    (turn,) = replace(QUICK, validation=0.25).turns(toy(8), None)
     assert (len(turn.examples), len(turn.held_out)) == (6, 2)
-    (turn,) = turns_of(toy(8), toy(3, 1), QUICK)
+    (turn,) = QUICK.turns(toy(8), toy(3, 1))
     assert (len(turn.examples), len(turn.held_out)) == (8, 3)
 
 
@@ -92,7 +92,7 @@ def test_all_examples_teach_in_the_end(pipe: Pipe, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Learner, "step", spy)
     examples = toy(6)
     adapter = fit(scorer(pipe), examples, config=QUICK, prompt=PROMPT)
-    turns = turns_of(examples, None, QUICK)
+    turns = QUICK.turns(examples, None)
     everything = sorted(e.id for e in examples)
     assert [names for names, _ in seen] == [*(sorted(e.id for e in t.examples) for t in turns), everything]
     assert [steps for _, steps in seen] == [4, 4, 4, 4]
@@ -402,7 +402,7 @@ class Ranked(NamedTuple):
 def test_tokens_survive_the_disk(pipe: Pipe, tmp_path: Path, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         looks_as(patch, change)
-        patch.setattr(adapt._Weighed, "judged_by", lambda self, _: Ranked((float(self.adapter.prompts is not None),)))
+        patch.setattr(weighing.Weighed, "judged_by", lambda self, _: Ranked((float(self.adapter.prompts is not None),)))
         made = scorer(pipe)
         adapter = fit(made, toy(8), config=replace(QUICK, method=method, draws=1), prompt=PromptConfig(rank=2))
     assert adapter.prompts is not None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.torch import load_file, save_file
 
-from dsd import adapt, prompts
+from dsd import prompts, weighing
 from dsd.adapt import fit
 from dsd.adapters import Adapter
 from dsd.backbone import Backbone, load_backbone
@@ -501,7 +501,7 @@ def test_prompts_then_weights(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, bette
     count = iter(range(1, 100))
     looks_as(monkeypatch, lambda _: 1 / next(count) if better else 1.0)
     used: list[int] = []
-    real, judged_by = adapt.fit_weights, adapt._Weighed.judged_by
+    real, judged_by = weighing.fit_weights, weighing.Weighed.judged_by
 
     def spy(*given: Any) -> Any:
         used.append(len(given[2]))
@@ -514,8 +514,8 @@ def test_prompts_then_weights(pipe: Pipe, monkeypatch: pytest.MonkeyPatch, bette
         best = (weighed.adapter.prompts is None) == bare_is_better
         return replace(found, accuracy=np.full(12, float(best)))
 
-    monkeypatch.setattr(adapt, "fit_weights", spy)
-    monkeypatch.setattr(adapt._Weighed, "judged_by", judge)
+    monkeypatch.setattr(weighing, "fit_weights", spy)
+    monkeypatch.setattr(weighing.Weighed, "judged_by", judge)
     made = Scorer(load_backbone(pipe()), ScoreConfig("attention", TIMESTEPS))
     config = replace(QUICK, method="prompt+weights", validation=0.5, draws=1)
     adapter = fit(made, toy(24, 0), config=config)
@@ -546,7 +546,7 @@ def test_six_held_out_examples_can_confirm_a_lesson() -> None:
 def test_what_was_fitted_is_judged_by_scores_out_of_fold(pipe: Pipe) -> None:
     examples = toy(12, 0, shuffled=True)
     made = Scorer(load_backbone(pipe()), DENOISING)
-    found = adapt._fit_weights(made, [adapt._Part(examples)], None, replace(WEIGHTS, draws=1), None, False)
+    found = weighing.weigh(made, [weighing.Part(examples)], None, replace(WEIGHTS, draws=1), None, False)
     assert found.adapter.weights is None  # zero-shot was kept, which learned from nothing
     assert found.scores == pytest.approx(made.predict(Jury(examples).pairs), abs=1e-4)
     some = examples[3:8]

@@ -19,43 +19,28 @@ passes as what was learned takes; the score is kept as it was if not.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 import os
-import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from torch import Tensor
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from dsd import prompts
-from dsd.adapters import Adapter, fingerprint
+from dsd.adapters import Adapter
 from dsd.backbone import words_of
-from dsd.contracts import Example, OptionError, Pair
-from dsd.evaluate import dataset_checksum
-from dsd.jury import DOUBT, FEWEST, PARTS, Judged, Jury, verdict
-from dsd.learn import WEIGHTS, FitConfig, Learner, Team, Trail, checkpointed, held_out_scores, importance, learn
-from dsd.lesson import Negatives, check_validation, choices_of, folds, split
-from dsd.metrics import bootstrap_interval
+from dsd.contracts import Example, OptionError
+from dsd.gradient import Gradient
+from dsd.learn import FitConfig, Team, checkpointed
+from dsd.lesson import Turn, check_choices, check_validation, folds
 from dsd.prompts import PromptConfig
-from dsd.records import Log, load_checkpoint, save_checkpoint
 from dsd.scorer import Scorer
-from dsd.scores import MIXTURE, SCORES, WEIGHTED, Features, ScoreConfig
-from dsd.weights import Choice, better, fit_weights
+from dsd.scores import WEIGHTED
+from dsd.weighing import Part, follow, weigh
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 __all__ = ["FitConfig", "fit"]
-
-_RATIOS = tuple(np.geomspace(1 / 8, 8, 13))
-"""Weights that are tried of a zero-shot score beside what was learned, in units of their spread."""
 
 SOFT_TOKENS = 8
 """How many soft tokens are learned where the configuration of the prompts does not say."""
@@ -108,12 +93,7 @@ def fit(
     """
     config = (config or FitConfig()).resolved(len(examples))
     zero, denoiser = scorer.score.config, scorer.backbone.denoiser
-    idle = [e.id for e in (*examples, *(validation or ())) if not choices_of(e)]
-    if idle:
-        raise OptionError(
-            f"got {len(idle)} examples in which nothing competes ({', '.join(idle)[:200]}), "
-            "expected right and wrong candidates in each; add wrong ones, or let dsd negatives make them"
-        )
+    check_choices([*examples, *(validation or ())])
     check_validation(examples, validation or ())
     if zero.kind == WEIGHTED:
         raise OptionError("got a score whose weights are learned, expected a zero-shot one to start from")
@@ -124,11 +104,11 @@ def fit(
         prompts.detach(denoiser)
     try:
         if config.method == "weights":
-            return _fit_weights(scorer, [_Part(list(examples))], validation or None, config, None, progress).adapter
+            return weigh(scorer, [Part(list(examples))], validation or None, config, None, progress).adapter
         keeper = None if checkpoint is None else Path(checkpoint)
         team = Team(accelerator)
         with checkpointed(denoiser, config.gradient_checkpointing):
-            adapter, parts = _Gradient(scorer, config, prompt, start, team, keeper, log).fit(
+            adapter, parts = Gradient(scorer, config, prompt, start, team, keeper, log).fit(
                 turns, list(examples), resume, progress
             )
         if "weights" in config.pieces:
@@ -136,50 +116,15 @@ def fit(
             scorer.use(zero)
             bare = None
             if start is None:
-                bare = _fit_weights(scorer, [_Part(list(examples))], validation or None, config, None, progress)
+                bare = weigh(scorer, [Part(list(examples))], validation or None, config, None, progress)
                 if adapter.prompts is None:
                     return bare.adapter
-            adapter = _follow(scorer, adapter, parts, bare, config, progress)
+            adapter = follow(scorer, adapter, parts, bare, config, progress)
         return adapter
     except BaseException:
         prompts.detach(denoiser)
         scorer.use(zero)
         raise
-
-
-@dataclass(frozen=True)
-class Turn:
-    """Examples to learn from and others to look at."""
-
-    examples: list[Example]
-    held_out: list[Example]
-
-
-def turns_of(examples: Sequence[Example], validation: Sequence[Example] | None, config: FitConfig) -> list[Turn]:
-    """What is held out when: the examples given for it, a share of all, or all by turns.
-
-    Raises:
-        OptionError: If nothing is left to learn from or to look at.
-    """
-    if validation is None and config.validation is None and len(examples) > 1:
-        fold = folds(examples, config.folds, config.seed)
-        return [
-            Turn(
-                [e for e, f in zip(examples, fold, strict=True) if f != turn],
-                [e for e, f in zip(examples, fold, strict=True) if f == turn],
-            )
-            for turn in range(max(fold) + 1)
-        ]
-    if validation is None:
-        turn = Turn(*split(examples, config.validation or 0.5, config.seed))
-    else:
-        turn = Turn(list(examples), list(validation))
-    if not turn.examples or not turn.held_out:
-        raise OptionError(
-            f"got {len(turn.examples)} examples to learn from and {len(turn.held_out)} to validate, expected at least "
-            "one of each"
-        )
-    return [turn]
 
 
 def planned(
@@ -189,8 +134,9 @@ def planned(
     prompt: PromptConfig | None,
     start: Adapter | None,
     size: int,
-) -> tuple[list[Turn], PromptConfig]:
-    """What is held out when, where anything is by gradient, and where prompts go; see :func:`fit`.
+) -> tuple[list[Turn], PromptConfig | None]:
+    """What is held out when, where anything is by gradient, and what is attached to the model, if anything; see
+    :func:`fit`.
 
     Args:
         size: Pixels a side of what is learned from.
@@ -201,7 +147,7 @@ def planned(
     named = () if prompt is None else prompt.words
     if start is not None:
         prompt = _placing(start, config, prompt, size)
-    turns = [] if config.method == "weights" else turns_of(examples, validation, config)
+    turns = [] if config.method == "weights" else config.turns(examples, validation)
     if "weights" in config.pieces:
         if start is None:  # the bare model is weighed, too
             folds(examples, config.folds, config.seed)
@@ -209,7 +155,7 @@ def planned(
             folds(turns[0].held_out, config.folds, config.seed)
     learned_from = examples if len(turns) != 1 else turns[0].examples
     _check_words(named, () if prompt is None else prompt.words, learned_from, config)
-    return turns, prompt or PromptConfig()
+    return turns, prompt if start is not None else _resolve(prompt or PromptConfig(), config)
 
 
 def _check_words(named: Sequence[str], words: Sequence[str], examples: Sequence[Example], config: FitConfig) -> None:
@@ -272,7 +218,7 @@ def _placing(start: Adapter, config: FitConfig, prompt: PromptConfig | None, siz
     return replace(start.prompts, words=tuple(dict.fromkeys((*start.prompts.words, *words))))
 
 
-def resolve(prompt: PromptConfig, config: FitConfig) -> PromptConfig | None:
+def _resolve(prompt: PromptConfig, config: FitConfig) -> PromptConfig | None:
     """What a method attaches to the model; None if nothing."""
     if not config.pieces & {"prompt", "tokens", "words"}:
         return None
@@ -281,432 +227,3 @@ def resolve(prompt: PromptConfig, config: FitConfig) -> PromptConfig | None:
         projections=prompt.projections if "prompt" in config.pieces else (),
         tokens=(prompt.tokens or SOFT_TOKENS) if "tokens" in config.pieces else 0,
     )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Examples, and what a model that did not learn from them had learned: prompts by name; nothing if it is bare."""
-
-    examples: list[Example]
-    prompts: Mapping[str, Tensor] | None = None
-
-
-class _Gradient:
-    """One fit by gradient: a run for each turn, and one on all examples if they were held out by turns."""
-
-    def __init__(
-        self,
-        scorer: Scorer,
-        config: FitConfig,
-        prompt: PromptConfig,
-        start: Adapter | None,
-        team: Team,
-        keeper: Path | None,
-        log: str | os.PathLike[str] | None,
-    ) -> None:
-        self.scorer, self.config, self.team, self.keeper, self.log = scorer, config, team, keeper, log
-        self.zero = scorer.score.config
-        self.origin = start
-        """What is learned on, if anything."""
-        self.prompt = resolve(prompt, config) if start is None else prompt
-        self.features: Features | None = None
-        if config.pieces & {"heads", "weights"}:
-            self.features = Features(scorer.backbone, self.zero.layers, self.zero.direction)
-            self.features.weights_of(self._terms())  # refuses scores that heads have no share in
-        self.base = fingerprint(scorer.backbone)
-        self.start = self.zero
-        """The score that is taught."""
-        self.apart = config.mix is None and self.zero.kind == "denoising" and not config.pieces & {"heads", "weights"}
-        """Whether attention is taught by itself, and the zero-shot score added as it is without prompts."""
-
-    def _terms(self) -> dict[str, float]:
-        """What is taught, each score by itself."""
-        mix = self.config.mix
-        if mix is None:
-            mix = ("attention",) if self.zero.kind == "denoising" else ()
-        return {**dict.fromkeys(mix, 1.0), **self.zero.terms}
-
-    def _taught(self, examples: Sequence[Example]) -> ScoreConfig:
-        """The score that is taught."""
-        if not self.apart:
-            return self._mixed(examples)
-        if self.origin is not None and not self.scorer.noise_was_given:
-            known = self.origin.score
-            if known.kind in SCORES and not SCORES[known.kind].noise:
-                return replace(known, seed=self.zero.seed, bare=None)
-        # attention needs fewer passes; noise that was given has to do for both
-        fewer = slice(None, None, 1 if self.scorer.noise_was_given else 2)
-        return replace(self.zero, kind="attention", timesteps=self.zero.timesteps[fewer])
-
-    def _weigh(self, jury: Jury, before: np.ndarray, now: np.ndarray) -> float:
-        """The weight of the zero-shot score beside what was learned; 0 where that is not added."""
-        if not self.apart:
-            return 0.0
-        unit = jury.spread(now) / jury.spread(before)
-        tried = [float(r * unit) for r in _RATIOS]
-        return min(tried, key=lambda w: jury.loss(now + w * before))
-
-    def _mixed(self, examples: Sequence[Example]) -> ScoreConfig:
-        """The score that is taught: further scores count as much as the scorer's own, in units of their spread."""
-        terms = self._terms()
-        if terms == self.zero.terms:
-            return self.zero
-        both = replace(self.zero, kind=MIXTURE, weights=terms)
-        jury = Jury(examples)
-        self.scorer.use(both)
-        try:
-            parts = self.scorer.predict_parts(jury.pairs)[1]
-        finally:
-            self.scorer.use(self.zero)
-        own = jury.spread(np.sum([self.zero.terms[k] * parts[k] for k in self.zero.terms], 0))
-        return replace(both, weights={k: self.zero.terms.get(k, own / jury.spread(parts[k])) for k in terms})
-
-    def fit(
-        self, turns: Sequence[Turn], examples: list[Example], resume: bool, progress: bool
-    ) -> tuple[Adapter, list[_Part]]:
-        """The adapter, and every held-out example with prompts that did not learn from it.
-
-        Args:
-            examples: What is learned from in the end if there are several turns.
-        """
-        data = [[dataset_checksum(t.examples), dataset_checksum(t.held_out)] for t in turns]
-        where = None if self.prompt is None else self.prompt.to_dict()
-        # weights that follow have no share in this, so that they can follow later, too
-        method = "+".join(piece for piece in self.config.method.split("+") if piece != "weights")
-        config = {**asdict(self.config), "method": method, "draws": None, "apart": self.apart}
-        asked: list[Any] = [self.base, config, where, self.zero.to_dict(), self.scorer.size, data]
-        if self.scorer.noise_was_given:
-            asked.append(hashlib.blake2b(self.scorer.noise.cpu().numpy().tobytes(), digest_size=16).hexdigest())
-        if self.origin is not None:
-            asked.append({"start": self.origin.digest()})
-        request = json.dumps(asked, sort_keys=True)
-        # in one order, whether it was stopped or not: what is encoded together decides the last bit
-        pictures = [image for e in (*turns[0].examples, *turns[0].held_out) for image in e.images]
-        shown = progress and self.team.leads
-        with tqdm(desc="encoding", unit="picture", total=len(pictures), disable=not shown, leave=False) as bar:
-            self.scorer.hold(pictures, bar.update)
-        self.start = self._taught([*turns[0].examples, *turns[0].held_out])
-        trails: list[Trail] = []
-        going: dict[str, Any] | None = None  # what the last of the trails goes on from
-        if resume and self.keeper is not None and self.keeper.exists():
-            state = load_checkpoint(self.keeper, request)
-            trails, going = [Trail(**values) for values in state["trails"]], state["learner"]
-        held_out = [e for turn in turns for e in turn.held_out]
-        jury = Jury(held_out)
-        steps, _ = self.config.schedule
-        if len(held_out) < FEWEST:
-            steps = 0  # whatever is learned, it could not be kept
-        runs = len(turns) + (len(turns) > 1)
-        bar = tqdm(desc="learning", unit="step", total=runs * steps, disable=not shown)
-        with bar:
-            for k, turn in enumerate(turns):
-                if k < len(trails) - 1:
-                    bar.update(steps)
-                    continue
-                self._run(turn, steps, trails, k, going, request, bar)
-                going = None if k == len(trails) - 1 else going
-            looks = min(len(trail.steps) for trail in trails[: len(turns)])
-            scores = [torch.cat([t.scores[i] for t in trails[: len(turns)]]).numpy() for i in range(looks)]
-            dear = [t.as_dear for t in trails[: len(turns)] if t.as_dear is not None]
-            bare = [t.bare for t in trails[: len(turns)] if t.bare is not None]
-            found = verdict(
-                jury,
-                scores,
-                self._weigh,
-                torch.cat(dear).numpy() if dear else None,
-                torch.cat(bare).numpy() if bare else None,
-            )
-            best = found.best
-            learned: dict[str, Tensor] = dict(trails[0].learned[best])
-            if best and len(turns) > 1:  # all examples teach, for as long as was best for those held out
-                learned = self._run(Turn(examples, []), trails[0].steps[best], trails, len(turns), going, request, bar)
-            bar.update(bar.total - bar.n)
-        placed = self.prompt
-        if not best and self.origin is not None:  # as it was, without words that would have joined
-            placed, learned = self.origin.prompts, dict(self.origin.state)
-        parts = [
-            _Part(turn.held_out, {n: v for n, v in trail.learned[best].items() if n in learned and n != WEIGHTS})
-            for turn, trail in zip(turns, trails, strict=False)
-        ]
-        taught_on, judged_on = (examples, examples) if len(turns) > 1 else (turns[0].examples, held_out)
-        figures = _figures(found.before.accuracy, found.after.accuracy, self.config.seed)
-        if dear:
-            figures["as_dear"] = float(found.as_dear.accuracy.mean())
-        training = {
-            "config": asdict(self.config),
-            "examples": len(taught_on),
-            "validation_examples": len(judged_on),
-            "turns": len(turns),
-            **({} if self.origin is None else {"started": self.origin.digest()}),
-            "data": {"examples": dataset_checksum(taught_on), "validation": dataset_checksum(judged_on)},
-            "kept": best > 0,
-            "validation": figures,
-            "calibration": found.calibration,
-            "curve": [_point(trails[: len(turns)], i, judged) for i, judged in enumerate(found.curve)],
-        }
-        return self._adapter(placed, learned, found.weight, found.scale, training), parts
-
-    def _run(
-        self,
-        turn: Turn,
-        steps: int,
-        trails: list[Trail],
-        k: int,
-        state: Mapping[str, Any] | None,
-        request: str,
-        bar: Any,
-    ) -> dict[str, Tensor]:
-        """Learns from a turn's examples, from a bare model on, and leaves it bare; returns what was learned.
-
-        Args:
-            trails: Of the runs so far, of which the last one is this run's if there is a state to go on from.
-        """
-        scorer, config, denoiser = self.scorer, self.config, self.scorer.backbone.denoiser
-        held_out = Jury(turn.held_out)
-        fresh = k == len(trails)
-        if fresh:
-            trails.append(Trail())
-        if fresh and turn.held_out and (self.origin is None or self.apart):
-            zero_shot = held_out_scores(scorer, held_out, self.team)
-            if self.origin is not None:
-                trails[k].bare = zero_shot
-            else:
-                trails[k].add(0, None, zero_shot, {})
-                if self.apart and not scorer.noise_was_given:
-                    scorer.use(replace(self.zero, timesteps=self.zero.timesteps + self.start.timesteps))
-                    trails[k].as_dear = held_out_scores(scorer, held_out, self.team)
-        if self.prompt is not None:
-            prompts.attach(denoiser, self.prompt, config.seed)
-        try:
-            scorer.use(self.start)
-            if self.origin is not None:
-                prompts.load_state(denoiser, {**prompts.state(denoiser), **self.origin.state})  # words may have joined
-                if fresh and turn.held_out:
-                    trails[k].add(0, None, held_out_scores(scorer, held_out, self.team), prompts.state(denoiser))
-            if "heads" in config.pieces and self.features is not None:  # the same score, with weights to be learned
-                same = self.features.weights_of(self.start.terms).repeat(len(self.start.timesteps), 1)
-                scorer.use(replace(self.start, kind=WEIGHTED, layers=self.features.layers, weights=None), same)
-            done = 0 if state is None else int(state["progress"][-1])
-            log = None if self.log is None or not self.team.leads else Log(self.log, k + 1, done)
-            learner = Learner(scorer, turn.examples, config, self.team, log)
-            if state is not None:
-                learner.load_state_dict(state)
-            elif scorer.score.weights is not None and self.features is not None:
-                learner.weigh(importance(scorer, self.features, turn.examples, config))
-
-            def keep() -> None:
-                if self.keeper is not None and self.team.leads:
-                    plain = [asdict(trail) for trail in trails]
-                    save_checkpoint(self.keeper, request, {"trails": plain, "learner": learner.state_dict()})
-
-            def tick(accuracy: float | None) -> None:
-                bar.update()
-                if accuracy is not None:
-                    bar.set_postfix(accuracy=f"{accuracy:.3f}")
-
-            bar.update(learner.done)
-            learn(learner, held_out, steps, trails[k], weigh=self._weigh, keep=keep, tick=tick)
-            bar.update(steps - learner.done)
-            return learner.learned()
-        finally:
-            prompts.detach(denoiser)
-            scorer.use(self.zero)
-
-    def _adapter(
-        self,
-        placed: PromptConfig | None,
-        learned: dict[str, Tensor],
-        bare_weight: float,
-        scale: float,
-        training: dict[str, Any],
-    ) -> Adapter:
-        """Gives the scorer what was learned; nothing if it is empty."""
-        weights = learned.pop(WEIGHTS, None)
-        placed = placed if learned else None
-        if placed is not None:
-            prompts.attach(self.scorer.backbone.denoiser, placed)
-            prompts.load_state(self.scorer.backbone.denoiser, learned)
-        score, names = self.start if learned else self.zero, None
-        if learned and self.apart:
-            score = replace(self.start, bare=self.zero, bare_weight=bare_weight)
-        if weights is not None and self.features is not None:
-            score = replace(self.start, kind=WEIGHTED, layers=self.features.layers, weights=None)
-            names = self.features.names
-        self.scorer.use(score, weights)
-        return Adapter(self.base, score, placed, learned, self.scorer.size, training, scale, weights, names)
-
-
-def _point(trails: Sequence[Trail], i: int, judged: Judged) -> dict[str, float]:
-    """One look at all held-out examples, for the curve."""
-    accuracy, loss = judged.rank
-    point = {"step": trails[0].steps[i], "accuracy": accuracy, "loss": -loss}
-    losses = [value for t in trails if (value := t.losses[i]) is not None]
-    return {**point, "train": float(np.mean(losses))} if losses else point
-
-
-def _figures(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, float]:
-    """Accuracies before and after learning, with an interval of the latter."""
-    value, low, high = bootstrap_interval(after, seed)
-    return {"before": float(before.mean()), "after": value, "low": low, "high": high}
-
-
-@dataclass(frozen=True)
-class _Weighed:
-    """What weights of features came to.
-
-    Attributes:
-        adapter: With them, or without if they were not kept.
-        examples: That it was judged by.
-        scores: (pairs,) of these, as far as they were learned from, out of fold.
-    """
-
-    adapter: Adapter
-    examples: list[Example]
-    scores: np.ndarray
-
-    def judged_by(self, examples: Sequence[Example]) -> Judged:
-        """How it fares on some of its examples."""
-        ends = np.cumsum([len(e.pairs) for e in self.examples])[:-1]
-        of = {id(e): s for e, s in zip(self.examples, np.split(self.scores, ends), strict=True)}
-        return Jury(examples).judge(np.concatenate([of[id(e)] for e in examples]))
-
-
-def _follow(
-    scorer: Scorer, adapter: Adapter, parts: Sequence[_Part], bare: _Weighed | None, config: FitConfig, progress: bool
-) -> Adapter:
-    """Fits weights of the model as it was taught, and gives the scorer these or those of the bare model.
-
-    Prompts were kept for being better than what they started from. That may be attention alone, and the denoising score
-    of the bare model, which the weights of its features start from, better than either.
-
-    Args:
-        adapter: What was taught.
-        parts: As :meth:`_Gradient.fit` gives them.
-        bare: Weights of the bare model; None where prompts were learned on, which stay.
-    """
-    denoiser = scorer.backbone.denoiser
-    assert adapter.prompts is not None
-    prompts.attach(denoiser, adapter.prompts)
-    scorer.use(adapter.score)
-    # prompts fit their own examples too well for weights to be learned from these: each example is seen with prompts
-    # that did not learn from it
-    taught = _fit_weights(scorer, parts, None, config, adapter, progress)
-    if bare is None or taught.judged_by(taught.examples).rank >= bare.judged_by(taught.examples).rank:
-        return taught.adapter
-    prompts.detach(denoiser)
-    scorer.use(bare.adapter.score, bare.adapter.weights)
-    return bare.adapter
-
-
-def _fit_weights(
-    scorer: Scorer,
-    parts: Sequence[_Part],
-    validation: Sequence[Example] | None,
-    config: FitConfig,
-    taught: Adapter | None,
-    progress: bool,
-) -> _Weighed:
-    """Fits weights of the features of the model: bare, or with prompts that were taught.
-
-    They start from the denoising score, and from the score that the prompts were learned for.
-
-    Args:
-        parts: Examples, with the prompts under which their features are to be taken.
-        taught: The prompts on the model, which has them again in the end.
-    """
-    zero, denoiser = scorer.score.config, scorer.backbone.denoiser
-    start = replace(zero, kind="denoising", layers=None, weights=None) if taught is None else zero
-    features = Features(scorer.backbone, zero.layers, zero.direction)
-    examples = [e for part in parts for e in part.examples]
-    groups = folds(examples, config.folds, config.seed)
-    negatives = Negatives(examples, config.negatives, config.image_negatives, config.swaps)
-    rng = random.Random(config.seed)
-    learn_from: list[list[Choice]] = []
-    judge_by: list[list[Choice]] = []
-    own: list[int] = []  # rows of the examples' own pairs
-    drawn: list[np.ndarray] = []
-    at = 0
-    number = 0
-    for part in parts:
-        pairs: list[Pair] = []
-        for example in part.examples:
-            rows = negatives.join(number, rng)
-            pairs += [(examples[i].images[k], text) for (i, k), text in zip(rows.images, rows.texts, strict=True)]
-            learn_from.append([Choice(tuple(at + r for r in c.rows), c.right) for c in rows.choices])
-            judge_by.append(learn_from[-1][: len(choices_of(example))])
-            own += range(at, at + len(example.pairs))
-            at += len(rows.texts)
-            number += 1
-        if part.prompts is not None:
-            prompts.load_state(denoiser, part.prompts)
-        drawn.append(scorer.features(pairs, features, config.draws, progress=progress))
-    if taught is not None:
-        prompts.load_state(denoiser, taught.state)
-    flat = np.concatenate(drawn, 1).reshape(config.draws, at, -1).astype(np.float64)
-    steps = len(zero.timesteps)
-    priors = [{"denoising": 1.0}, *([start.terms] if start.kind != "denoising" else [])]
-    prior = np.stack([np.tile(features.weights_of(terms).double().numpy(), steps) / steps for terms in priors])
-    fitted = fit_weights(flat.mean(0), flat[0], learn_from, judge_by, prior, groups)
-    weights = torch.from_numpy(fitted.weights.reshape(steps, -1) * steps).float()
-
-    jury = Jury(examples)
-    plain, found = (flat[0] @ prior[-1])[own], fitted.scores[own]
-    kept = math.isfinite(fitted.strength)
-    if taught is not None:
-        kept = better(fitted.after, jury.judge(plain).loss, DOUBT)
-    learned = replace(zero, kind=WEIGHTED, layers=features.layers, weights=None)
-    before, after = jury.accuracy(plain), jury.accuracy(found)
-    judged_by, judged = examples, (plain, found)
-    if validation is not None:
-        others = Jury(validation)
-        scorer.use(start)
-        untaught = scorer.predict(others.pairs)
-        scorer.use(learned, weights)
-        judged_by, judged = list(validation), (untaught, scorer.predict(others.pairs))
-        first, second = (others.judge(scores) for scores in judged)
-        kept = kept and bool(second.loss.mean() < first.loss.mean())
-        before, after = first.accuracy, second.accuracy
-    scores = found if kept else plain
-    scale = jury.judge(scores).scale
-    honest = scores.copy()
-    for mine, others, theirs in jury.parts(PARTS):  # the scale is chosen by others, too
-        honest[mine] *= others.judge(scores[theirs]).scale
-    data = dataset_checksum(examples)
-    training: dict[str, Any] = {
-        "config": asdict(config),
-        "examples": len(examples),
-        "validation_examples": len(examples if validation is None else validation),
-        "turns": len(set(groups)),
-        "data": {"examples": data, "validation": data if validation is None else dataset_checksum(validation)},
-        "kept": kept,
-        "validation": _figures(before, after if kept else before, config.seed),
-        "curve": [],
-    }
-    if taught is not None and not kept:
-        training = dict(taught.training)
-    elif taught is not None:  # before is zero-shot, not before weights
-        training = {**taught.training, "kept": True, "validation": training["validation"]}
-        training["validation"]["before"] = taught.training["validation"]["before"]
-    # no number in JSON is infinite
-    tried = [{"strength": s if math.isfinite(s) else None, "loss": loss} for s, loss in fitted.losses.items()]
-    training["weights"] = {
-        "kept": kept,
-        "strength": fitted.strength if math.isfinite(fitted.strength) else None,
-        "tried": tried,
-        "folds": len(set(groups)),
-    }
-    if kept or taught is None:
-        training["calibration"] = jury.calibration(honest, 1.0)
-    scorer.use(learned if kept else start, weights if kept else None)
-    adapter = Adapter(
-        fingerprint(scorer.backbone),
-        learned if kept else start,
-        None if taught is None else taught.prompts,
-        {} if taught is None else taught.state,
-        scorer.size,
-        training,
-        scale,
-        weights if kept else None,
-        features.names if kept else None,
-    )
-    return _Weighed(adapter, judged_by, judged[kept])

@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dsd.adapt import planned, turns_of
+from dsd.adapt import planned
 from dsd.adapters import Adapter, fingerprint
 from dsd.contracts import Example, ManifestError, OptionError
 from dsd.evaluate import Metric, dataset_checksum, evaluate, installed_versions, write_text
 from dsd.learn import FitConfig
-from dsd.lesson import check_validation, pictures_of
+from dsd.lesson import check_choices, check_validation, pictures_of
 from dsd.matcher import Matcher
 from dsd.metrics import crossed_interval, outcomes, paired_difference
 from dsd.prompts import PromptConfig
@@ -355,12 +355,7 @@ def _check_examples(
             f"got {most} shots, expected at most {len(pool)}, as many as there are examples to draw from; ask for fewer"
         )
     learned = [*pool, *(validation or ())]
-    idle = [e.id for e, won in zip(learned, _blind(learned), strict=True) if np.isnan(won)]
-    if idle:
-        raise OptionError(
-            f"got {len(idle)} examples in which nothing competes ({', '.join(idle)[:200]}), "
-            "expected right and wrong candidates in each; add wrong ones, or let dsd negatives make them"
-        )
+    check_choices(learned)
     check_validation(pool, validation or ())
     seen = {picture for e in learned for picture in pictures_of(e)}
     leaked = [e.id for e in held_out if not seen.isdisjoint(pictures_of(e))]
@@ -382,7 +377,7 @@ def _check_fewest(drawn: Sequence[Example], validation: Sequence[Example] | None
     """Says of too few shots what would else be said of examples."""
     if config.method != "weights" and validation is None:
         try:
-            turns_of(drawn, None, config)
+            config.turns(drawn, None)
         except OptionError:
             raise OptionError(
                 f"got {len(drawn)} shots, expected enough to learn from some and hold out others with pictures of "

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from dsd.contracts import Example
 from dsd.lesson import choices_of
-from dsd.metrics import expected_calibration_error, reliability, wins
+from dsd.metrics import bootstrap_interval, expected_calibration_error, reliability, wins
 from dsd.weights import Choice, Choices, better, fewest
 
 Rows = Int[np.ndarray, " rows"]
@@ -184,3 +184,9 @@ def verdict(
         best, after, scaled[2] = 0, before, scaled[0]
     calibration = jury.calibration(scaled[2], 1.0)
     return Verdict(best, weights[best], judged[best].scale, tuple(judged), before, dear, after, calibration)
+
+
+def figures(before: np.ndarray, after: np.ndarray, seed: int) -> dict[str, float]:
+    """Accuracies before and after learning, with an interval of the latter."""
+    value, low, high = bootstrap_interval(after, seed)
+    return {"before": float(before.mean()), "after": value, "low": low, "high": high}

@@ -23,7 +23,7 @@ from dsd import prompts
 from dsd.backbone import Latents, TextStates
 from dsd.contracts import DsdError, Example, ModelError, OptionError
 from dsd.jury import Jury
-from dsd.lesson import Drawn, Negatives, choices_of
+from dsd.lesson import Drawn, Negatives, Turn, choices_of, turns_of
 from dsd.records import Log
 from dsd.scorer import Scorer, out_of_memory
 from dsd.scores import SCORES, Features, Pass, noised_pass
@@ -135,6 +135,10 @@ class FitConfig:
         """The same with numbers of steps that suit so many examples, where it has none."""
         steps = self.steps or min(400, max(100, 25 * examples // self.batch))
         return replace(self, steps=steps, check_every=self.check_every or max(1, steps // 8))
+
+    def turns(self, examples: Sequence[Example], validation: Sequence[Example] | None) -> list[Turn]:
+        """What is held out when; see :func:`dsd.lesson.turns_of`."""
+        return turns_of(examples, validation, count=self.folds, share=self.validation, seed=self.seed)
 
     @property
     def schedule(self) -> tuple[int, int]:

@@ -36,6 +36,20 @@ def choices_of(
     return [c for c in made if any(c.right) and not all(c.right)]
 
 
+def check_choices(examples: Sequence[Example]) -> None:
+    """Refuses examples that nothing can be learned from.
+
+    Raises:
+        OptionError: If nothing competes in some.
+    """
+    idle = [e.id for e in examples if not choices_of(e)]
+    if idle:
+        raise OptionError(
+            f"got {len(idle)} examples in which nothing competes ({', '.join(idle)[:200]}), "
+            "expected right and wrong candidates in each; add wrong ones, or let dsd negatives make them"
+        )
+
+
 @dataclass(frozen=True)
 class Drawn:
     """The pairs of one example and of wrong ones that joined it, a row each.
@@ -262,3 +276,41 @@ def folds(examples: Sequence[Example], count: int, seed: int) -> list[int]:
         sizes[smallest] += len(group)
         fold |= {id(e): smallest for e in group}
     return [fold[id(e)] for e in examples]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Examples to learn from and others to look at."""
+
+    examples: list[Example]
+    held_out: list[Example]
+
+
+def turns_of(
+    examples: Sequence[Example], validation: Sequence[Example] | None, *, count: int, share: float | None, seed: int
+) -> list[Turn]:
+    """What is held out when: the examples given for it, a share of all, or all by turns.
+
+    Args:
+        count: Folds, at most, that are held out by turns.
+        share: Of the examples, to hold out once instead.
+
+    Raises:
+        OptionError: If nothing is left to learn from or to look at.
+    """
+    if validation is None and share is None and len(examples) > 1:
+        fold = folds(examples, count, seed)
+        return [
+            Turn(
+                [e for e, f in zip(examples, fold, strict=True) if f != turn],
+                [e for e, f in zip(examples, fold, strict=True) if f == turn],
+            )
+            for turn in range(max(fold) + 1)
+        ]
+    turn = Turn(*split(examples, share or 0.5, seed)) if validation is None else Turn(list(examples), list(validation))
+    if not turn.examples or not turn.held_out:
+        raise OptionError(
+            f"got {len(turn.examples)} examples to learn from and {len(turn.held_out)} to validate, expected at least "
+            "one of each"
+        )
+    return [turn]

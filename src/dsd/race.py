@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -111,6 +111,21 @@ class Standing:
     def order(self) -> list[int]:
         """Candidates, best first; equal scores keep their order."""
         return [int(i) for i in np.argsort(-self.scores, kind="stable")]
+
+
+def stepped(scores: Float[np.ndarray, " n"], groups: Iterable[Sequence[int] | np.ndarray]) -> Float[np.ndarray, " n"]:
+    """Scores, float32, lowered so that whoever was dropped is below all who went on: each group below the one before.
+
+    All of a group are lowered by as much, so that they keep their order.
+    """
+    scores = scores.copy()
+    below = np.finfo(np.float32).max
+    for group in groups:
+        excess = max(0.0, float(scores[group].max()) - float(below))
+        lowered = (scores[group].astype(np.float64) - excess).astype(np.float32)
+        scores[group] = np.minimum(lowered, below)
+        below = np.nextafter(scores[group].min(), np.float32(-np.inf))
+    return scores
 
 
 class Race:
@@ -239,15 +254,7 @@ class Race:
         means = np.array([self._seen[i, :m].mean() for i, m in enumerate(passes)])
         of_leader = np.array([self._seen[leader, :m].mean() for m in passes])
         scores = (means - of_leader + means[leader]).astype(np.float32)
-        # who was dropped is below who went on
-        floor = np.float32(np.inf)
-        for m in sorted(set(passes.tolist()), reverse=True):
-            group, below = passes == m, np.nextafter(floor, np.float32(-np.inf))
-            # all of them by as much, so that they keep their order
-            excess = max(0.0, float(scores[group].max()) - float(below)) if np.isfinite(below) else 0.0
-            lowered = (scores[group].astype(np.float64) - excess).astype(np.float32)
-            scores[group] = np.minimum(lowered, below)
-            floor = scores[group].min()
+        scores = stepped(scores, [np.flatnonzero(passes == m) for m in sorted(set(passes.tolist()), reverse=True)])
         width = np.full(len(means), np.inf)
         for i, m in enumerate(passes):
             if m > 1:

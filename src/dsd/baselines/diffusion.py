@@ -19,6 +19,7 @@ from tqdm import tqdm
 from dsd.backbone import Backbone, TextStates, load_backbone
 from dsd.baselines.base import Baseline, listed, pictures_of
 from dsd.contracts import ImageInput, ModelError, OptionError, Pair, ScoreTable
+from dsd.race import stepped
 from dsd.scorer import Scorer, check_text
 from dsd.scores import ScoreConfig, noised_pass
 
@@ -253,15 +254,7 @@ class DiffusionClassifier(_Noise):
                 out.append([left[i] for i in order[keep:]])
                 left = sorted(left[i] for i in order[:keep])
         scores: np.ndarray = -errors.mean(1, where=~np.isnan(errors)).astype(np.float32)
-        floor = scores[left].min()
-        for group in reversed(out):
-            if group:
-                below = np.nextafter(floor, np.float32(-np.inf))
-                excess = max(0.0, float(scores[group].max()) - float(below))
-                lowered = (scores[group].astype(np.float64) - excess).astype(np.float32)
-                scores[group] = np.minimum(lowered, below)
-                floor = scores[group].min()
-        return scores
+        return stepped(scores, [left, *(group for group in reversed(out) if group)])
 
 
 class DiffusionITM(_Noise):

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dsd.adapt import turns_of
 from dsd.baselines.towers import Clip, Tokens
 from dsd.contracts import AdapterError, Example, ModelError, OptionError, Pair
 from dsd.evaluate import dataset_checksum, write_bytes, write_text
@@ -320,7 +319,7 @@ class _Gradient(FewShotClip):
     def _learn(
         self, examples: list[Example], validation: list[Example] | None, config: FitConfig, progress: bool
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        turns = turns_of(examples, validation, config)
+        turns = config.turns(examples, validation)
         runs = len(turns) + (len(turns) > 1)
         held_out = [e for turn in turns for e in turn.held_out]
         jury = Jury(held_out)

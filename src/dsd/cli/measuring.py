@@ -281,7 +281,7 @@ def _examples(a: argparse.Namespace) -> tuple[list[Example], list[np.ndarray | N
 
     credit: dict[str, np.ndarray | None] = {}
     source: dict[str, Any]
-    settle_world(a, a.manifest in WORLD_TASKS and a.data is None and not os.path.isfile(a.manifest))
+    settle_world(a, _of_world(a))
     if os.path.isfile(a.manifest) or a.manifest not in (*WORLD_TASKS, *BENCHMARKS):
         if a.split is not None:
             raise OptionError(f"got --split with the manifest {a.manifest}, which has none; leave it out")
@@ -310,6 +310,11 @@ def _examples(a: argparse.Namespace) -> tuple[list[Example], list[np.ndarray | N
     return examples, [credit[e.id] for e in examples] if credit else None, source
 
 
+def _of_world(a: argparse.Namespace) -> bool:
+    """Whether it is the world that draws the examples."""
+    return a.manifest in WORLD_TASKS and a.data is None and not os.path.isfile(a.manifest)
+
+
 def _few_shot(a: argparse.Namespace, examples: Sequence[Example]) -> Lesson | None:
     """What to learn before measuring on other examples; None if that is not asked for."""
     from dsd.evaluate import subset
@@ -317,7 +322,7 @@ def _few_shot(a: argparse.Namespace, examples: Sequence[Example]) -> Lesson | No
     from dsd.trial import Lesson
 
     if a.shots is None:
-        given = [name for name in ("train", *learning_given(a)) if name != "train" or a.train is not None]
+        given = [*(() if a.train is None else ("train",)), *learning_given(a)]
         if given:
             raise OptionError(
                 f"got --{given[0].replace('_', '-')} without --shots, expected both (how many examples to learn "
@@ -330,7 +335,7 @@ def _few_shot(a: argparse.Namespace, examples: Sequence[Example]) -> Lesson | No
         return None
     if a.train is not None:
         few = subset(read_manifest(a.train), a.shots, a.shot_seed)
-    elif a.manifest in WORLD_TASKS and a.data is None and not os.path.isfile(a.manifest):
+    elif _of_world(a):
         few = world_task(a.manifest, "few-shot", a.level, a.shots, a.shot_seed, a.novel)
     else:
         raise OptionError(f"got --shots with {a.manifest}, expected --train too, a manifest of examples to learn from")
